@@ -1,0 +1,40 @@
+# minidiff: `make demo` and `make test` set up what they need. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := runs/demo
+
+.PHONY: help setup demo test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "minidiff needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+setup: $(VENV)/.ready  ## make a virtual environment in .venv and install minidiff into it
+
+demo: setup  ## train on shapes for a few minutes, then score and draw held-out captions: runs/demo/
+	@if [ -e $(DEMO)/checkpoint.safetensors ]; \
+		then $(BIN)/minidiff train --resume $(DEMO); \
+		else $(BIN)/minidiff train shapes --out $(DEMO); fi
+	@$(BIN)/minidiff evaluate $(DEMO)
+
+test: setup  ## run the tests (no PyTorch needed)
+	$(BIN)/python -m pytest
+
+lint: setup  ## check style and types
+	$(BIN)/pip install --quiet --disable-pip-version-check '.[lint]'
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

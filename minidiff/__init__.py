@@ -1,0 +1,8 @@
+"""minidiff: text-to-image diffusion, written out from scratch."""
+
+from minidiff import ops  # noqa: F401  (attaches the operators to Tensor)
+from minidiff.backend import kernels
+from minidiff.tensor import Tensor, checkpoint, no_grad
+
+__version__ = "0.1.0"
+__all__ = ["Tensor", "checkpoint", "kernels", "no_grad"]

@@ -1,0 +1,84 @@
+"""Which array module holds the numbers, and which kernels compute with them.
+
+An op is written once, as a plain function on arrays. Decorated with `@kernel` it becomes two things: the
+reference, which runs on NumPy and CuPy alike, and a name in the table of kernels. A compiled module that has a
+function of the same name takes its place while that kind of kernels is active; an op that it lacks falls back
+to the reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+
+Array = Any  # a numpy.ndarray or a cupy.ndarray
+F = TypeVar("F", bound=Callable[..., Any])
+
+REFERENCE: dict[str, Callable[..., Any]] = {}
+"""Every kernel by name, in its reference form."""
+
+MODULES: dict[str, ModuleType | None] = {"reference": None}
+"""The kinds of kernels that can be made active here. `None`: no compiled module, every op is the reference."""
+
+_active = "reference"
+
+
+def array_module(*arrays: Array) -> ModuleType:
+    """numpy or cupy, whichever made the arrays. Importing minidiff never imports CuPy: an array from it did."""
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and any(isinstance(a, cupy.ndarray) for a in arrays):
+        return cupy
+    return np
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """The array in the computer's own memory; the same object if it is there already."""
+    return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+def kernel(reference: F) -> F:
+    """Enter a reference function in the table of kernels, and dispatch calls to the active kind.
+
+    The undecorated function stays reachable as `.reference`.
+    """
+    name = reference.__name__
+    REFERENCE[name] = reference
+
+    @functools.wraps(reference)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(MODULES[_active], name, reference)(*args, **kwargs)
+
+    call.reference = reference  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def kernels(kind: str) -> Iterator[None]:
+    """Run the block's ops with this kind of kernels: `with kernels("reference"): ...`.
+
+    Raises ValueError for a kind that is not built here; `minidiff doctor` lists what is.
+    """
+    global _active
+    if kind not in MODULES:
+        raise ValueError(f"there are no {kind!r} kernels here; built: {', '.join(MODULES)} (see: minidiff doctor)")
+    before, _active = _active, kind
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def active_kernels() -> str:
+    """The kind of kernels in use."""
+    return _active
+
+
+def fallbacks(kind: str) -> list[str]:
+    """The ops that this kind of kernels leaves to the reference."""
+    return [name for name in sorted(REFERENCE) if not hasattr(MODULES[kind], name)]

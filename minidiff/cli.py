@@ -1,0 +1,274 @@
+"""The command line: minidiff train | sample | evaluate | doctor."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from minidiff import __version__
+from minidiff.errors import UserError
+
+DEMO_RUN = "runs/demo"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status. Errors of the user's are one sentence on stderr and status 1."""
+    parser = _parser()
+    args, unknown = parser.parse_known_args(arguments)
+    try:
+        if unknown:
+            raise UserError(_unknown_flag(unknown[0]))
+        return args.command(args)
+    except UserError as e:
+        print(f"minidiff: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("minidiff: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # e.g. `minidiff train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _unknown_flag(flag: str) -> str:
+    from minidiff.config import SECTIONS, did_you_mean
+
+    known = [f"--{section}.{f.name}" for section, kind in SECTIONS.items() for f in fields(kind)]
+    return f"there is no option {flag}{did_you_mean(flag.partition('=')[0], known)}; see the command's --help"
+
+
+def _parser() -> argparse.ArgumentParser:
+    from minidiff.config import SECTIONS, presets
+
+    parser = argparse.ArgumentParser(
+        prog="minidiff",
+        description="Text-to-image diffusion, written out from scratch.",
+        epilog="minidiff COMMAND --help tells more. Start with: minidiff train shapes --out runs/first",
+    )
+    parser.add_argument("--version", action="version", version=f"minidiff {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    p = commands.add_parser(
+        "train",
+        usage="minidiff train PRESET [--out FOLDER] [--SECTION.SETTING VALUE ...]\n"
+        "       minidiff train --resume FOLDER [--train.SETTING VALUE ...]",
+        allow_abbrev=False,
+        help="train a model from a preset, or go on with a run",
+        description="Train a model. Writes a run folder: config.toml, log.jsonl, samples/, checkpoint.safetensors. "
+        "Ctrl-C saves and says how to go on.",
+        epilog=f"Examples: minidiff train shapes --out runs/a --train.minutes 20 --unet.channels 64,128"
+        f"  |  minidiff train --resume runs/a. Presets: {', '.join(presets())}.",
+    )
+    p.add_argument("preset", nargs="?", help="a preset's name or a TOML file")
+    p.add_argument(
+        "--out", metavar="FOLDER", help="the run's folder, which must not hold a run yet (default: runs/PRESET)"
+    )
+    p.add_argument(
+        "--resume", metavar="FOLDER", help="go on with this run; `train` settings given here replace its own"
+    )
+    _add_settings(p, SECTIONS, "if no preset sets it")
+    p.set_defaults(command=_train)
+
+    p = commands.add_parser(
+        "sample",
+        usage="minidiff sample PROMPT [PROMPT ...] [--run FOLDER] [--count N] [--seed N] [--out PATH] "
+        "[--sample.SETTING VALUE ...]",
+        allow_abbrev=False,
+        help="draw pictures of captions",
+        description="Draw one picture or several of each caption with a trained model. The prompt, the seed and all "
+        "settings are written into the PNG.",
+        epilog='Example: minidiff sample "a red circle above a blue square" --count 4 --sample.guidance 5',
+    )
+    p.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to draw; "" is the unconditional input')
+    p.add_argument("--run", default=DEMO_RUN, metavar="FOLDER", help="the run whose model draws (default: %(default)s)")
+    p.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged or raw weights (default: ema)")
+    p.add_argument("--count", type=int, default=1, metavar="N", help="pictures of each caption (default: 1)")
+    p.add_argument("--seed", type=int, default=0, help="the same seed draws the same pictures (default: 0)")
+    p.add_argument(
+        "--out", metavar="PATH",
+        help="a .png file for one labelled grid, or a new folder for separate pictures (default: sample-NNN.png)",
+    )  # fmt: skip
+    _add_settings(p, {"sample": SECTIONS["sample"]}, "unless the run says otherwise")
+    p.set_defaults(command=_sample)
+
+    p = commands.add_parser(
+        "evaluate",
+        usage="minidiff evaluate [FOLDER] [--n N] [--seed N] [--split test|val] [--sample.SETTING VALUE ...]",
+        allow_abbrev=False,
+        help="score a run on held-out captions",
+        description="Draw held-out two-object captions, read the pictures with the exact checker, and print how many "
+        "are right in colours, shapes, sizes, relation and in everything. Writes the pictures into the run's folder.",
+    )
+    p.add_argument("run", nargs="?", default=DEMO_RUN, metavar="FOLDER", help="the run (default: %(default)s)")
+    p.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged or raw weights (default: ema)")
+    p.add_argument("--n", type=int, default=500, help="number of captions (default: 500)")
+    p.add_argument("--seed", type=int, default=0, help="chooses captions and noise (default: 0)")
+    p.add_argument(
+        "--split",
+        choices=["test", "val"],
+        default="test",
+        help="val: the captions to choose settings on (default: test)",
+    )
+    p.add_argument("--no-pictures", action="store_true", help="print the scores, write nothing")
+    _add_settings(p, {"sample": SECTIONS["sample"]}, "unless the run says otherwise")
+    p.set_defaults(command=_evaluate)
+
+    p = commands.add_parser("doctor", help="show what is installed and what is missing")
+    p.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, sections: dict[str, type], default_holds: str) -> None:
+    """One flag --section.field for every setting; the values are checked by config.py."""
+    for section, kind in sections.items():
+        group = parser.add_argument_group(f"{section} settings", kind.__doc__)
+        hints = get_type_hints(kind)
+        for f in fields(kind):
+            value = f.default if f.default is not MISSING else None
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            name = getattr(hints[f.name], "__name__", "value")
+            group.add_argument(
+                f"--{section}.{f.name}",
+                metavar={"int": "N", "float": "X", "bool": "BOOL", "tuple": "A,B,..."}.get(name, "NAME"),
+                help=f"{f.metadata['help']} ({shown} {default_holds})".replace("%", "%%"),
+                default=argparse.SUPPRESS,
+            )
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, str]:
+    return {name: value for name, value in vars(args).items() if "." in name}
+
+
+def _train(args: argparse.Namespace) -> int:
+    from minidiff.evaluate import draw_training_grid
+    from minidiff.train import fit
+
+    state, folder = _resumed(args) if args.resume else _begun(args)
+    c = state.config.train
+    if state.step >= c.steps and not c.minutes:
+        print(f"{folder} is at step {state.step} of {c.steps} already; to go on: --train.steps {2 * c.steps}")
+        return 0
+    done = fit(state, folder, draw_training_grid)
+    if done:
+        print(f"trained {state.step} steps in {state.seconds / 60:.1f} minutes: {folder}")
+        return 0
+    print(f"stopped after step {state.step}, saved; to go on: minidiff train --resume {folder}", file=sys.stderr)
+    return 130
+
+
+def _begun(args: argparse.Namespace) -> tuple[Any, Path]:
+    from minidiff.config import load_config
+    from minidiff.train import new_state
+
+    if not args.preset:
+        from minidiff.config import presets
+
+        raise UserError(f"name a preset ({', '.join(presets())}) or a TOML file, or a run to --resume")
+    config = load_config(args.preset, _overrides(args))
+    folder = Path(args.out or f"runs/{Path(args.preset).stem}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"{folder} exists and is not empty; go on with it (--resume {folder}) or choose another folder (--out)"
+        )
+    state = new_state(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    return state, folder
+
+
+def _resumed(args: argparse.Namespace) -> tuple[Any, Path]:
+    from minidiff.checkpoint import FILE
+    from minidiff.config import config_from_dict, config_to_dict
+    from minidiff.train import load_state
+
+    if args.preset or args.out:
+        raise UserError("--resume goes on with a run as it is: name neither a preset nor --out beside it")
+    folder = Path(args.resume)
+    state = load_state(folder / FILE)
+    given = _overrides(args)
+    other = [name for name in given if not name.startswith(("train.", "sample."))]
+    if other:
+        raise UserError(f"--{other[0]} cannot change in a run that has begun; start another run with --out")
+    tables = config_to_dict(state.config)
+    for name, value in given.items():
+        section, _, key = name.partition(".")
+        tables[section][key] = value
+    state.config = config_from_dict(tables, "the command line")
+    return state, folder
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from minidiff.sample import draw, save_pictures
+    from minidiff.train import load_model
+
+    if args.count < 1 or args.seed < 0:
+        raise UserError("--count must be at least 1 and --seed not negative")
+    model, config = load_model(args.run, _weights(args))
+    settings = _sample_settings(config, args)
+    for prompt in args.prompts:
+        unknown = model.tokenizer.unknown(prompt)
+        if unknown:
+            raise UserError(
+                f"this model does not know {', '.join(map(repr, unknown))}; "
+                f"its words: {', '.join(model.tokenizer.words)}"
+            )
+    out = _free_path(args.out)
+    captions = [prompt for prompt in args.prompts for _ in range(args.count)]
+    images = draw(model, captions, settings, args.seed)
+    save_pictures(images, captions, out, settings, {"seed": args.seed, "run": args.run, "weights": args.weights})
+    print(out)
+    return 0
+
+
+def _free_path(given: str | None) -> Path:
+    """The path to write to, which must not exist; without one, the first free sample-NNN.png."""
+    if given is None:
+        return next(p for i in range(1, 10**6) if not (p := Path(f"sample-{i:03d}.png")).exists())
+    path = Path(given)
+    if path.exists():
+        raise UserError(f"{path} exists; remove it or choose another --out")
+    if path.suffix not in ("", ".png"):
+        raise UserError(f"--out takes a .png file or a folder, got {path}")
+    return path
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from minidiff.evaluate import evaluate, summary, write_report
+    from minidiff.train import load_model
+
+    if args.n < 1 or args.seed < 0:
+        raise UserError("--n must be at least 1 and --seed not negative")
+    model, config = load_model(args.run, _weights(args))
+    if config.data.name != "shapes":
+        raise UserError(f"{args.run} was trained on {config.data.name}; only shapes has a checker")
+    settings = _sample_settings(config, args)
+    result = evaluate(model, settings, args.n, args.seed, args.split)
+    if not args.no_pictures:
+        about = {"split": args.split, "seed": args.seed, "weights": args.weights, "sample": vars(settings)}
+        for path in write_report(model, settings, result, Path(args.run), about, args.seed):
+            print(path)
+    print(summary(result))
+    return 0
+
+
+def _weights(args: argparse.Namespace) -> str:
+    return {"ema": "ema", "raw": "model"}[args.weights]
+
+
+def _sample_settings(config: Any, args: argparse.Namespace) -> Any:
+    """The run's own sample settings, with those given on the command line."""
+    from minidiff.config import config_from_dict
+
+    given = {name.partition(".")[2]: value for name, value in _overrides(args).items()}
+    parsed = config_from_dict({"sample": given}, "the command line").sample
+    return replace(config.sample, **{name: getattr(parsed, name) for name in given})
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from minidiff.doctor import report
+
+    print(report())
+    return 0

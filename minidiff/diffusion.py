@@ -1,0 +1,245 @@
+"""The equations of diffusion, each once, in the papers' symbols. They take t and eps as arguments and draw nothing.
+
+Shapes: images x0, x_t and noise eps are (B, H, W, C) or any (B, ...); t is a whole number in 1..T or an array (B,) of
+them. `t_prev=None` means t - 1; any smaller t_prev gives the same equation over a longer step, with
+alpha = alpha_bar[t] / alpha_bar[t_prev] and beta = 1 - alpha.
+
+DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2020, arXiv 2010.02502. v: Salimans and Ho 2022, arXiv
+2202.00512. Guidance: Ho and Salimans 2022, arXiv 2207.12598.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minidiff import ops
+from minidiff.backend import Array, array_module
+from minidiff.schedule import Schedule, per_sample
+from minidiff.tensor import Tensor, as_array, no_grad
+
+Model = Callable[[Array, Array, Any], Any]  # model(x_t, t, cond) -> eps_theta
+PREDICTIONS = ("eps", "v", "x0")
+
+
+# ---- forward: from the image to noise
+
+
+def q_step(x_prev: Array, t: Array, eps: Array, schedule: Schedule, t_prev: Array | None = None) -> Array:
+    """One step of the forward process: x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps.
+
+    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I). DDPM, equation 2.
+    """
+    beta, alpha, _, _ = schedule.between(t, t_prev)
+    return per_sample(np.sqrt(alpha), x_prev) * x_prev + per_sample(np.sqrt(beta), x_prev) * eps
+
+
+def q_sample(x0: Array, t: Array, eps: Array, schedule: Schedule) -> Array:
+    """The jump to any t: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps.
+
+    q(x_t | x0) = N(sqrt(alpha_bar_t) x0, (1 - alpha_bar_t) I). DDPM, equation 4.
+    """
+    alpha_bar = schedule.alpha_bar_at(t)
+    return per_sample(np.sqrt(alpha_bar), x0) * x0 + per_sample(np.sqrt(1 - alpha_bar), x0) * eps
+
+
+# ---- training
+
+
+def training_target(x0: Array, t: Array, eps: Array, schedule: Schedule, prediction: str) -> Array:
+    """What the network is asked for: eps, x0, or v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0."""
+    if prediction == "eps":
+        return eps
+    if prediction == "x0":
+        return x0
+    alpha_bar = schedule.alpha_bar_at(t)
+    return per_sample(np.sqrt(alpha_bar), x0) * eps - per_sample(np.sqrt(1 - alpha_bar), x0) * x0
+
+
+def denoising_loss(
+    network: Model, x0: Array, t: Array, eps: Array, cond: Any, schedule: Schedule, prediction: str = "eps"
+) -> Tensor:
+    """The mean squared error, over all elements, between the network's answer and its target: a scalar Tensor."""
+    x_t = q_sample(x0, t, eps, schedule)
+    return ops.mse(network(x_t, t, cond), training_target(x0, t, eps, schedule, prediction))
+
+
+def eps_loss(model: Model, x0: Array, t: Array, eps: Array, cond: Any, schedule: Schedule) -> Tensor:
+    """L = mean || eps - eps_theta(sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps, t) ||^2. DDPM, equation 14."""
+    return denoising_loss(model, x0, t, eps, cond, schedule, "eps")
+
+
+# ---- one place that converts between predictions
+
+
+def predict_x0(x_t: Array, t: Array, eps: Array, schedule: Schedule) -> Array:
+    """The image that x_t and its noise imply: x0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
+    alpha_bar = schedule.alpha_bar_at(t)
+    return (x_t - per_sample(np.sqrt(1 - alpha_bar), x_t) * eps) / per_sample(np.sqrt(alpha_bar), x_t)
+
+
+def eps_from_x0(x_t: Array, t: Array, x0: Array, schedule: Schedule) -> Array:
+    """The noise that x_t and its image imply: eps = (x_t - sqrt(alpha_bar_t) x0) / sqrt(1 - alpha_bar_t)."""
+    alpha_bar = schedule.alpha_bar_at(t)
+    return (x_t - per_sample(np.sqrt(alpha_bar), x_t) * x0) / per_sample(np.sqrt(1 - alpha_bar), x_t)
+
+
+def eps_from_prediction(answer: Array, x_t: Array, t: Array, schedule: Schedule, prediction: str) -> Array:
+    """eps_theta from what the network was trained to predict; eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t."""
+    if prediction == "eps":
+        return answer
+    if prediction == "x0":
+        return eps_from_x0(x_t, t, answer, schedule)
+    alpha_bar = schedule.alpha_bar_at(t)
+    return per_sample(np.sqrt(alpha_bar), x_t) * answer + per_sample(np.sqrt(1 - alpha_bar), x_t) * x_t
+
+
+def clip_x0(x_t: Array, t: Array, eps: Array, schedule: Schedule, limit: float = 1.0) -> tuple[Array, Array]:
+    """The predicted x0 held within [-limit, limit], and the eps that agrees with it: (x0, eps)."""
+    x0 = array_module(x_t).clip(predict_x0(x_t, t, eps, schedule), -limit, limit)
+    return x0, eps_from_x0(x_t, t, x0, schedule)
+
+
+# ---- reverse: from noise to the image
+
+
+def posterior(
+    x0: Array, x_t: Array, t: Array, schedule: Schedule, t_prev: Array | None = None
+) -> tuple[Array, np.ndarray]:
+    """q(x_{t-1} | x_t, x0): its mean (B, ...), and its variance, one number a timestep.
+
+    mean = (sqrt(alpha_bar_{t-1}) beta_t x0 + sqrt(alpha_t) (1 - alpha_bar_{t-1}) x_t) / (1 - alpha_bar_t)
+    variance = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t. DDPM, equations 6 and 7.
+    """
+    beta, alpha, alpha_bar, alpha_bar_prev = schedule.between(t, t_prev)
+    of_x0 = np.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar)
+    of_x_t = np.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
+    return per_sample(of_x0, x_t) * x0 + per_sample(of_x_t, x_t) * x_t, variance
+
+
+def mu_theta(x_t: Array, t: Array, eps_theta: Array, schedule: Schedule, t_prev: Array | None = None) -> Array:
+    """The mean of p_theta(x_{t-1} | x_t): (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_t).
+
+    DDPM, equation 11.
+    """
+    beta, alpha, alpha_bar, _ = schedule.between(t, t_prev)
+    return (x_t - per_sample(beta / np.sqrt(1 - alpha_bar), x_t) * eps_theta) / per_sample(np.sqrt(alpha), x_t)
+
+
+def sigma(t: Array, schedule: Schedule, kind: str = "small", t_prev: Array | None = None) -> np.ndarray:
+    """The standard deviation of p_theta(x_{t-1} | x_t). DDPM, section 3.2.
+
+    small: sqrt of the posterior's variance, right if x0 is a single point; large: sqrt(beta_t), right if x0 ~ N(0, I).
+    """
+    beta, _, alpha_bar, alpha_bar_prev = schedule.between(t, t_prev)
+    if kind == "small":
+        return np.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar) * beta)
+    if kind == "large":
+        return np.sqrt(beta)
+    raise ValueError(f"sigma: kind {kind!r} is neither 'small' nor 'large'")
+
+
+def ddim_step(
+    x_t: Array, t: Array, eps: Array, z: Array | float, eta: float, schedule: Schedule, t_prev: Array | None = None
+) -> Array:
+    """x_prev = sqrt(alpha_bar_prev) x0 + sqrt(1 - alpha_bar_prev - s^2) eps + s z,  s = eta * sigma_small.
+
+    eta = 0 is deterministic, eta = 1 is DDPM with the small sigma. DDIM, equations 12 and 16.
+    """
+    _, _, _, alpha_bar_prev = schedule.between(t, t_prev)
+    s = eta * sigma(t, schedule, "small", t_prev)
+    x0 = predict_x0(x_t, t, eps, schedule)
+    towards = np.sqrt(np.maximum(1 - alpha_bar_prev - s**2, 0))
+    return per_sample(np.sqrt(alpha_bar_prev), x_t) * x0 + per_sample(towards, x_t) * eps + per_sample(s, x_t) * z
+
+
+def classifier_free_guidance(eps_cond: Array, eps_uncond: Array, w: float) -> Array:
+    """eps = eps_uncond + w (eps_cond - eps_uncond): w = 1 is no guidance, w = 0 unconditional.
+
+    At w = 0 and w = 1 the result is exactly one of the two, without rounding.
+    """
+    if w == 1:
+        return eps_cond
+    if w == 0:
+        return eps_uncond
+    return eps_uncond + w * (eps_cond - eps_uncond)
+
+
+def guided_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: float) -> Array:
+    """eps_theta with guidance: both predictions from one batch of twice the size; one alone for w = 0 or 1.
+
+    cond and uncond are (tokens (B, L, D), mask (B, L) or None), or None for a model without text.
+    """
+    xp = array_module(x_t)
+    t = xp.broadcast_to(xp.asarray(t), x_t.shape[:1])
+    with no_grad():
+        if w == 1 or uncond is None:
+            return as_array(model(x_t, t, cond))
+        if w == 0:
+            return as_array(model(x_t, t, uncond))
+        both = as_array(model(xp.concatenate([x_t, x_t]), xp.concatenate([t, t]), join_conditions(cond, uncond)))
+    eps_cond, eps_uncond = both[: len(x_t)], both[len(x_t) :]
+    return classifier_free_guidance(eps_cond, eps_uncond, w)
+
+
+def join_conditions(a: Any, b: Any) -> tuple[Array, Array | None]:
+    """Two conditions (tokens, mask) as one batch."""
+    xp = array_module(as_array(a[0]))
+    tokens = xp.concatenate([as_array(a[0]), as_array(b[0])])
+    if a[1] is None and b[1] is None:
+        return tokens, None
+    masks = [xp.ones(as_array(c[0]).shape[:2], dtype=bool) if c[1] is None else c[1] for c in (a, b)]
+    return tokens, xp.concatenate(masks)
+
+
+class DenoiseStep(NamedTuple):
+    """One reverse step in its seven parts; x_prev = (x_t - removed) / sqrt(alpha_t) + added."""
+
+    x_t: Array  # 1. the noisy image (B, H, W, C)
+    t_emb: Array | None  # 2. the timestep as a vector (B, D), as the model's blocks receive it
+    cond: Any  # 3. the text conditioning (tokens, mask)
+    eps: Array  # 4. the guided noise prediction
+    removed: Array  # 5. the scaled noise removed, beta_t / sqrt(1 - alpha_bar_t) * eps
+    added: Array  # 6. the fresh noise added, sigma_t * z; zero in the last step
+    x_prev: Array  # 7. the result, slightly less noisy
+
+
+def denoise_step(
+    model: Model,
+    x_t: Array,
+    t: int,
+    cond: Any,
+    uncond: Any,
+    w: float,
+    z: Array,
+    schedule: Schedule,
+    t_prev: int | None = None,
+    sigma_kind: str = "small",
+    clip: float | None = None,
+) -> DenoiseStep:
+    """One step of the reverse process p_theta(x_{t-1} | x_t), in its seven parts. DDPM, algorithm 2.
+
+    z: standard normal noise like x_t, unused in the step to t_prev = 0. w: guidance scale.
+    clip: hold the predicted x0 within +-clip and recompute eps from it; None leaves it free.
+    """
+    t_prev = t - 1 if t_prev is None else t_prev
+    eps = guided_eps(model, x_t, t, cond, uncond, w)
+    if clip is not None:
+        _, eps = clip_x0(x_t, t, eps, schedule, clip)
+    beta, alpha, alpha_bar, _ = schedule.between(t, t_prev)
+    removed = per_sample(beta / np.sqrt(1 - alpha_bar), x_t) * eps
+    added = per_sample(sigma(t, schedule, sigma_kind, t_prev) * (t_prev > 0), x_t) * z
+    x_prev = (x_t - removed) / per_sample(np.sqrt(alpha), x_t) + added  # = mu_theta + sigma_t z
+    return DenoiseStep(x_t, _time_embedding(model, x_t, t), cond, eps, removed, added, x_prev)
+
+
+def _time_embedding(model: Model, x_t: Array, t: int) -> Array | None:
+    embed = getattr(model, "time_embedding", None)
+    if embed is None:
+        return None
+    xp = array_module(x_t)
+    with no_grad():
+        return as_array(embed(xp.full(len(x_t), t)))

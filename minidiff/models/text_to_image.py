@@ -1,0 +1,114 @@
+"""The whole model: tokenizer, text encoder, U-Net and schedule, and what is needed to train it and draw with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from minidiff import schedule as schedules
+from minidiff.backend import Array, array_module
+from minidiff.diffusion import PREDICTIONS, denoising_loss, eps_from_prediction
+from minidiff.models.text import TextEncoder, TextEncoderConfig
+from minidiff.models.unet import UNet, UNetConfig
+from minidiff.nn import Module
+from minidiff.tensor import Tensor
+from minidiff.text import WordTokenizer
+
+SCHEDULES = {"linear": schedules.linear, "scaled_linear": schedules.scaled_linear, "cosine": schedules.cosine}
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The diffusion process, and what the network is asked for."""
+
+    schedule: str = field(default="cosine", metadata={"help": f"noise schedule: {', '.join(SCHEDULES)}"})
+    T: int = field(default=1000, metadata={"help": "number of diffusion steps"})
+    prediction: str = field(default="eps", metadata={"help": f"what the network predicts: {', '.join(PREDICTIONS)}"})
+    patch: int = field(
+        default=1, metadata={"help": "space-to-depth: each patch x patch square of pixels is one position of the U-Net"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"diffusion.schedule: {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"diffusion.prediction: {self.prediction!r} is not one of {', '.join(PREDICTIONS)}")
+        if self.patch < 1 or self.T < 1:
+            raise ValueError("diffusion.patch and diffusion.T must be at least 1")
+
+
+def space_to_depth(images: Array, patch: int) -> Array:
+    """(B, H, W, C) -> (B, H / patch, W / patch, patch * patch * C): nothing is lost, pixels become channels."""
+    B, H, W, C = images.shape
+    if H % patch or W % patch:
+        raise ValueError(f"images of {H}x{W} do not divide into patches of {patch}x{patch}")
+    tiles = images.reshape(B, H // patch, patch, W // patch, patch, C).transpose(0, 1, 3, 2, 4, 5)
+    return array_module(images).ascontiguousarray(tiles).reshape(B, H // patch, W // patch, patch * patch * C)
+
+
+def depth_to_space(x: Array, patch: int) -> Array:
+    """The inverse of space_to_depth."""
+    B, h, w, D = x.shape
+    tiles = x.reshape(B, h, w, patch, patch, D // patch**2).transpose(0, 1, 3, 2, 4, 5)
+    return array_module(x).ascontiguousarray(tiles).reshape(B, h * patch, w * patch, D // patch**2)
+
+
+class TextToImage(Module):
+    """A text encoder and a U-Net that are trained together.
+
+    Called as model(x_t, t, cond) it is eps_theta, whatever the U-Net was trained to predict. Diffusion runs on
+    `encode(images)`: images (B, H, W, C) with patches as channels.
+    """
+
+    def __init__(
+        self,
+        unet: UNetConfig,
+        text: TextEncoderConfig,
+        diffusion: DiffusionConfig,
+        words: Sequence[str],
+        image_shape: tuple[int, int, int],
+        seed: int | None = 0,
+    ):
+        H, W, C = image_shape
+        p = diffusion.patch
+        channels = p * p * C
+        self.tokenizer = WordTokenizer(words)
+        self.schedule = SCHEDULES[diffusion.schedule](diffusion.T)
+        self.diffusion = diffusion
+        self.image_shape = image_shape
+        self.latent_shape = (H // p, W // p, channels)
+        self.text_encoder = TextEncoder(replace(text, vocabulary=len(self.tokenizer)), seed=None)
+        self.unet = UNet(replace(unet, in_channels=channels, out_channels=channels, text_width=text.width), seed=None)
+        if seed is not None:
+            self.initialise(seed)
+
+    def encode(self, images: Array) -> Array:
+        """Images (B, H, W, C) in [-1, 1] -> what diffusion works on (B, *latent_shape)."""
+        return space_to_depth(images, self.diffusion.patch)
+
+    def decode(self, x: Array) -> Array:
+        """The inverse of `encode`."""
+        return depth_to_space(x, self.diffusion.patch)
+
+    def condition(self, captions: Sequence[str]) -> tuple[Tensor, Array]:
+        """Captions -> cond = (tokens (B, L, D), mask (B, L)); "" is the unconditional input."""
+        ids, mask = self.tokenizer(captions, self.text_encoder.config.context)
+        xp = array_module(self.text_encoder.token_embedding.weight.data)
+        return self.text_encoder(xp.asarray(ids)), xp.asarray(mask)
+
+    def loss(self, images: Array, captions: Sequence[str], t: np.ndarray, eps: Array) -> Tensor:
+        """The training loss: images (B, H, W, C), their captions, t (B,) in 1..T, noise eps (B, *latent_shape)."""
+        cond, d = self.condition(captions), self.diffusion
+        return denoising_loss(self.unet, self.encode(images), t, eps, cond, self.schedule, d.prediction)
+
+    def forward(self, x_t: Array, t: Array, cond: Any) -> Array:
+        """eps_theta(x_t, t, cond), an array like x_t (B, *latent_shape)."""
+        answer = self.unet(x_t, t, cond).data
+        return eps_from_prediction(answer, x_t, t, self.schedule, self.diffusion.prediction)
+
+    def time_embedding(self, t: Array) -> Tensor:
+        """t (B,) -> the vector that every residual block receives."""
+        return self.unet.time_embedding(t)

@@ -1,0 +1,108 @@
+"""Scaled dot-product attention: softmax(Q K^T * scale + bias) V, in several heads.
+
+Every query asks all keys how well they match, and takes the average of their values with those weights. In
+self-attention queries, keys and values come from the same tokens; in cross-attention the queries are the image's
+positions, the keys and values the words of the caption. Vaswani et al. 2017, arXiv 1706.03762.
+"""
+
+from __future__ import annotations
+
+import math
+
+from minidiff.backend import Array, array_module, kernel
+from minidiff.ops.softmax import softmax_backward, softmax_forward
+from minidiff.tensor import Tensor, as_tensor, record, unbroadcast
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """(B, L, heads * d) -> a view (B, heads, L, d)."""
+    B, L, D = x.shape
+    return x.reshape(B, L, heads, D // heads).transpose(0, 2, 1, 3)
+
+
+def join_heads(x: Array) -> Array:
+    """(B, heads, L, d) -> (B, L, heads * d)."""
+    B, heads, L, d = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(B, L, heads * d)
+
+
+def attention_weights(q: Array, k: Array, heads: int, scale: float, bias: Array | None, causal: bool) -> Array:
+    """softmax(Q K^T * scale + bias): how much each query takes from each key, (B, heads, Lq, Lk)."""
+    xp = array_module(q)
+    scores = split_heads(q, heads) @ split_heads(k, heads).swapaxes(-1, -2)
+    scores *= scale
+    if bias is not None:
+        scores += bias
+    if causal:
+        Lq, Lk = scores.shape[-2:]
+        scores = xp.where(xp.tri(Lq, Lk, dtype=bool), scores, -xp.inf)
+    return softmax_forward(scores)
+
+
+@kernel
+def attention_forward(
+    q: Array, k: Array, v: Array, heads: int, scale: float, bias: Array | None, causal: bool
+) -> tuple[Array, Array]:
+    """q (B, Lq, D), k (B, Lk, D), v (B, Lk, Dv) -> y (B, Lq, Dv), and for the backward the weights."""
+    p = attention_weights(q, k, heads, scale, bias, causal)
+    return join_heads(p @ split_heads(v, heads)), p
+
+
+@kernel
+def attention_backward(
+    dy: Array, q: Array, k: Array, v: Array, p: Array, heads: int, scale: float
+) -> tuple[Array, Array, Array, Array]:
+    """dV = P^T dY, dP = dY V^T, dS = softmax backward, dQ = dS K * scale, dK = dS^T Q * scale; also dS, for a bias."""
+    dy_, q_, k_, v_ = (split_heads(a, heads) for a in (dy, q, k, v))
+    dv = p.swapaxes(-1, -2) @ dy_
+    ds = softmax_backward(dy_ @ v_.swapaxes(-1, -2), p)
+    dq = ds @ k_
+    dk = ds.swapaxes(-1, -2) @ q_
+    return join_heads(dq) * scale, join_heads(dk) * scale, join_heads(dv), ds
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int = 1,
+    scale: float | None = None,
+    bias: Tensor | Array | None = None,
+    mask: Array | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """softmax(Q K^T * scale + bias) V in `heads` heads: q (B, Lq, D), k (B, Lk, D), v (B, Lk, Dv) -> (B, Lq, Dv).
+
+    scale: 1 / sqrt(D / heads) unless given.
+    bias:  added to the scores, anything that broadcasts to (B, heads, Lq, Lk).
+    mask:  booleans (B, Lk), False for keys that nobody may see (padding); every row keeps at least one True.
+    causal: query i sees keys 0..i only.
+    """
+    q, k, v = as_tensor(q), as_tensor(k), as_tensor(v)
+    _check_shapes(q, k, v, heads, mask)
+    xp = array_module(q.data)
+    bias = None if bias is None else as_tensor(bias)
+    added = None if bias is None else bias.data
+    if mask is not None:
+        hidden = xp.where(mask, 0, -xp.inf).astype(q.dtype)[:, None, None, :]
+        added = hidden if added is None else added + hidden
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1] // heads)
+    y, p = attention_forward(q.data, k.data, v.data, heads, scale, added, causal)
+
+    def backward(dy: Array) -> tuple[Array, ...]:
+        dq, dk, dv, ds = attention_backward(dy, q.data, k.data, v.data, p, heads, scale)
+        return (dq, dk, dv) if bias is None else (dq, dk, dv, unbroadcast(ds, bias.shape))
+
+    return record("attention", y, (q, k, v) if bias is None else (q, k, v, bias), backward)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Array | None) -> None:
+    if not (q.ndim == k.ndim == v.ndim == 3) or q.shape[::2] != k.shape[::2] or k.shape[:2] != v.shape[:2]:
+        raise ValueError(
+            f"attention: wanted q (B, Lq, D), k (B, Lk, D), v (B, Lk, Dv); got {q.shape}, {k.shape}, {v.shape}"
+        )
+    if q.shape[-1] % heads or v.shape[-1] % heads:
+        raise ValueError(f"attention: widths {q.shape[-1]} and {v.shape[-1]} do not split into {heads} heads")
+    if mask is not None and (mask.dtype != bool or mask.shape != k.shape[:2]):
+        raise ValueError(f"attention: mask must be booleans of shape {k.shape[:2]}, got {mask.dtype} {mask.shape}")

@@ -1,0 +1,41 @@
+"""Linear layer: y = x W + b."""
+
+from __future__ import annotations
+
+from minidiff.backend import Array, kernel
+from minidiff.tensor import Tensor, as_tensor, record
+
+
+@kernel
+def linear_forward(x: Array, w: Array, b: Array | None) -> Array:
+    """x (..., D_in), w (D_in, D_out), b (D_out,) or None -> y (..., D_out)."""
+    y = x.reshape(-1, x.shape[-1]) @ w  # one large product, not a small one for each leading index
+    if b is not None:
+        y += b
+    return y.reshape(*x.shape[:-1], w.shape[1])
+
+
+@kernel
+def linear_backward(dy: Array, x: Array, w: Array, needs_dx: bool) -> tuple[Array | None, Array, Array]:
+    """dx = dy W^T, dW = x^T dy, db = the sum of dy over all rows."""
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = (rows @ w.T).reshape(x.shape) if needs_dx else None
+    dw = x.reshape(-1, x.shape[-1]).T @ rows
+    return dx, dw, rows.sum(axis=0)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W + b over the last axis: x (..., D_in), weight (D_in, D_out), bias (D_out,) or None."""
+    x = as_tensor(x)
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[0]:
+        raise ValueError(
+            f"linear: x {x.shape} does not fit weight {weight.shape}; wanted (..., D_in) and (D_in, D_out)"
+        )
+    if bias is not None and bias.shape != weight.shape[1:]:
+        raise ValueError(f"linear: bias {bias.shape} does not fit weight {weight.shape}")
+    y = linear_forward(x.data, weight.data, None if bias is None else bias.data)
+
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    return record(
+        "linear", y, inputs, lambda dy: linear_backward(dy, x.data, weight.data, x.requires_grad)[: len(inputs)]
+    )

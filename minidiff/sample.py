@@ -1,0 +1,80 @@
+"""Drawing pictures: captions in, images out, each a pure function of (seed, sample number, settings)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from minidiff import plotting
+from minidiff.backend import Array, to_numpy
+from minidiff.config import SampleConfig
+from minidiff.errors import UserError
+from minidiff.models import TextToImage
+from minidiff.random import Purpose, normal
+from minidiff.samplers import SamplerStep, ddim, ddpm, spaced_timesteps
+from minidiff.tensor import no_grad
+
+
+def denoise(
+    model: TextToImage, captions: Sequence[str], settings: SampleConfig, seed: int = 0, first: int = 0
+) -> Iterator[SamplerStep]:
+    """Walk from noise to one image a caption, yielding every step; `model.decode` turns its arrays into images.
+
+    The starting noise of sample i is that of number first + i: it does not depend on the others in the batch.
+    """
+    try:
+        timesteps = spaced_timesteps(model.schedule.T, settings.steps)
+    except ValueError as e:
+        raise UserError(f"sample.steps: {e}") from e
+    samples = range(first, first + len(captions))
+    x_T = normal(seed, samples, 0, Purpose.START_NOISE, model.latent_shape)
+    with no_grad():
+        tokens, mask = model.condition(captions)
+        empty, empty_mask = model.condition([""] * len(captions))
+    cond, uncond = (tokens.data, mask), (empty.data, empty_mask)
+
+    def noise(i: int) -> Array:
+        return normal(seed, samples, i + 1, Purpose.STEP_NOISE, model.latent_shape)
+
+    clip = 1.0 if settings.clip else None
+    walk = (model, x_T, cond, uncond, settings.guidance, timesteps, model.schedule, noise)
+    return ddpm(*walk, clip=clip) if settings.sampler == "ddpm" else ddim(*walk, eta=settings.eta, clip=clip)
+
+
+def draw(
+    model: TextToImage, captions: Sequence[str], settings: SampleConfig, seed: int = 0, batch: int = 64
+) -> np.ndarray:
+    """One image a caption, float32 (n, H, W, C), nominally in [-1, 1]."""
+    images = []
+    for first in range(0, len(captions), batch):
+        part = captions[first : first + batch]
+        *_, last = denoise(model, part, settings, seed, first)
+        images.append(to_numpy(model.decode(last.x_prev)))
+    return np.concatenate(images)
+
+
+def save_pictures(
+    images: np.ndarray, captions: Sequence[str], out: Path, settings: SampleConfig, about: dict[str, object]
+) -> None:
+    """One labelled grid (out is a .png file), or a folder of separate PNGs; settings and captions in their metadata.
+
+    The folder appears under its name only when it is complete.
+    """
+    facts = {key: str(value) for key, value in {**asdict(settings), **about}.items()}
+    if out.suffix == ".png":
+        plotting.save(plotting.image_grid(images, list(captions)), out, {"prompt": "; ".join(captions), **facts})
+        return
+    temporary = out.with_name(f".{out.name}.tmp")
+    temporary.mkdir(parents=True)
+    for i, (image, caption) in enumerate(zip(plotting.to_uint8(images), captions, strict=True)):
+        text = PngInfo()
+        for key, value in {"prompt": caption, "sample": str(i), **facts}.items():
+            text.add_itxt(key, value)
+        Image.fromarray(image).save(temporary / f"{i:04d}.png", pnginfo=text)
+    os.replace(temporary, out)

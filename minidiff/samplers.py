@@ -1,0 +1,99 @@
+"""Reverse processes as generators: each walks from noise to an image and yields what it did at every step.
+
+    for step in ddim(model, x_T, cond, uncond, w, timesteps, schedule): ...
+    image = step.x_prev
+
+The walk is explicit: `timesteps` is the falling list of t that are visited, ending before 0; the last step always leads
+to t = 0, the image. Noise comes in through `noise(i)`, one standard normal array like x_t for step i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minidiff.backend import Array
+from minidiff.diffusion import Model, clip_x0, ddim_step, denoise_step, guided_eps, predict_x0
+from minidiff.schedule import Schedule
+
+Noise = Callable[[int], Array]
+
+
+class SamplerStep(NamedTuple):
+    """What one step saw and did."""
+
+    t: int  # where it started
+    t_prev: int  # where it ended; 0 is the image
+    x_t: Array  # the noisy image at t (B, H, W, C)
+    x0: Array  # the image predicted from it
+    eps: Array  # the (guided, clipped) noise prediction
+    x_prev: Array  # the result at t_prev
+
+
+def spaced_timesteps(T: int, steps: int) -> list[int]:
+    """`steps` whole numbers from T down, evenly spaced, the last followed by 0. Raises ValueError outside 1..T."""
+    if not 1 <= steps <= T:
+        raise ValueError(f"the number of sampling steps must be in 1..{T}, got {steps}")
+    return [int(t) for t in np.round(np.linspace(T, 0, steps + 1))[:-1]]
+
+
+def _pairs(timesteps: Sequence[int], schedule: Schedule) -> list[tuple[int, int]]:
+    """(t, t_prev) for every step, the last one to 0."""
+    pairs = list(zip(timesteps, [*timesteps[1:], 0], strict=True))
+    if not pairs or timesteps[0] > schedule.T or any(t <= t_prev for t, t_prev in pairs):
+        raise ValueError(f"timesteps must fall from at most {schedule.T} to at least 1, got {list(timesteps)}")
+    return pairs
+
+
+def ddpm(
+    model: Model,
+    x_T: Array,
+    cond: Any,
+    uncond: Any,
+    w: float,
+    timesteps: Sequence[int],
+    schedule: Schedule,
+    noise: Noise,
+    sigma_kind: str = "small",
+    clip: float | None = None,
+) -> Iterator[SamplerStep]:
+    """Ancestral sampling over any subset of steps. Ho et al. 2020, arXiv 2006.11239, algorithm 2."""
+    x_t = x_T
+    for i, (t, t_prev) in enumerate(_pairs(timesteps, schedule)):
+        step = denoise_step(model, x_t, t, cond, uncond, w, noise(i), schedule, t_prev, sigma_kind, clip)
+        yield SamplerStep(t, t_prev, x_t, predict_x0(x_t, t, step.eps, schedule), step.eps, step.x_prev)
+        x_t = step.x_prev
+
+
+def ddim(
+    model: Model,
+    x_T: Array,
+    cond: Any,
+    uncond: Any,
+    w: float,
+    timesteps: Sequence[int],
+    schedule: Schedule,
+    noise: Noise | None = None,
+    eta: float = 0.0,
+    clip: float | None = None,
+) -> Iterator[SamplerStep]:
+    """Eta in 0..1 interpolates from deterministic to ancestral. Song et al. 2020, arXiv 2010.02502, equation 12."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"ddim: eta must be in 0..1, got {eta}")
+    if eta > 0 and noise is None:
+        raise ValueError("ddim: eta > 0 adds noise; give the `noise` to add")
+    x_t = x_T
+    for i, (t, t_prev) in enumerate(_pairs(timesteps, schedule)):
+        eps = guided_eps(model, x_t, t, cond, uncond, w)
+        x0 = predict_x0(x_t, t, eps, schedule)
+        if clip is not None:
+            x0, eps = clip_x0(x_t, t, eps, schedule, clip)
+        z = noise(i) if noise is not None and eta > 0 else 0.0
+        x_prev = ddim_step(x_t, t, eps, z, eta, schedule, t_prev)
+        yield SamplerStep(t, t_prev, x_t, x0, eps, x_prev)
+        x_t = x_prev
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim}

@@ -1,0 +1,42 @@
+"""A tokenizer for a small closed vocabulary: one word, one token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+PAD, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unknown>"
+SPECIAL = (PAD, START, END, UNKNOWN)
+
+
+class WordTokenizer:
+    """Captions -> token ids. The empty caption, start and end alone, is the unconditional input.
+
+    words: the vocabulary; their ids follow those of the four special tokens, in the order given.
+    """
+
+    def __init__(self, words: Sequence[str]):
+        self.words = tuple(words)
+        self.ids = {word: i for i, word in enumerate((*SPECIAL, *words))}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def split(self, caption: str) -> list[str]:
+        """The caption's words: lower case, letters and digits."""
+        return re.findall(r"[^\W_]+", caption.lower())
+
+    def unknown(self, caption: str) -> list[str]:
+        """The words of the caption that are not in the vocabulary."""
+        return [word for word in self.split(caption) if word not in self.ids]
+
+    def __call__(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Captions -> ids int64 (B, length), mask bool (B, length), False on padding; too many words are cut off."""
+        ids = np.full((len(captions), length), self.ids[PAD], dtype=np.int64)
+        for row, caption in zip(ids, captions, strict=True):
+            words = self.split(caption)[: length - 2]
+            tokens = [START, *(word if word in self.ids else UNKNOWN for word in words), END]
+            row[: len(tokens)] = [self.ids[token] for token in tokens]
+        return ids, ids != self.ids[PAD]

@@ -1,0 +1,299 @@
+"""Training: a generator that takes one optimizer step at a time, and `fit`, which logs, samples, saves and resumes.
+
+Everything random is a pure function of (seed, step), so a resumed run needs the step number alone and computes, on the
+same machine and thread count, the same bits as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from minidiff.checkpoint import FILE, load_checkpoint, save_checkpoint
+from minidiff.config import Config, config_from_dict, config_to_dict, config_to_toml
+from minidiff.data import Dataset, open_data
+from minidiff.errors import UserError
+from minidiff.models import TextToImage
+from minidiff.optim import AdamW, clip_factor, gradient_norm, learning_rate
+from minidiff.random import Purpose, normal, uniform
+
+LOG = "log.jsonl"
+
+
+@dataclass
+class TrainState:
+    """A run in progress: what a checkpoint holds."""
+
+    config: Config
+    model: TextToImage
+    optimizer: AdamW
+    seconds: float = 0.0  # spent in training steps so far
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.optimizer.step_number
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """What one optimizer step did."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float  # before clipping
+    images: int  # seen since the start
+    minutes: float  # of training since the start
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything that goes into one forward pass."""
+
+    images: np.ndarray  # (B, H, W, C) in [-1, 1]
+    captions: list[str]  # some of them dropped to ""
+    t: np.ndarray  # (B,) in 1..T
+    eps: np.ndarray  # (B, *latent_shape)
+
+
+def new_state(config: Config) -> TrainState:
+    """A run at step 0."""
+    data = open_data(config.data, config.train.seed)
+    return _state(config, data.words, data.image_shape, seed=config.train.seed)
+
+
+def _state(config: Config, words: Any, image_shape: Any, seed: int | None) -> TrainState:
+    try:
+        model = TextToImage(config.unet, config.text, config.diffusion, words, tuple(image_shape), seed)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    model.unet.checkpointing = config.train.checkpointing
+    c = config.train
+    optimizer = AdamW(
+        dict(model.named_parameters()), (c.beta1, c.beta2), weight_decay=c.weight_decay, ema_decay=c.ema_decay
+    )
+    return TrainState(config, model, optimizer)
+
+
+def save_state(state: TrainState, path: Path) -> None:
+    """Write the run to a checkpoint file, atomically."""
+    o = state.optimizer
+    about = {
+        "step": state.step,
+        "seconds": state.seconds,
+        "config": config_to_dict(state.config),
+        "words": list(state.model.tokenizer.words),
+        "image_shape": list(state.model.image_shape),
+    }
+    save_checkpoint(path, {"model": state.model.state(), "ema": o.ema, "adamw.m": o.m, "adamw.v": o.v}, about)
+
+
+def load_state(path: Path) -> TrainState:
+    """The run that a checkpoint file holds. Raises UserError if it is damaged or does not fit its own config."""
+    parts, about = load_checkpoint(path)
+    state = _state(config_from_dict(about["config"], str(path)), about["words"], about["image_shape"], seed=None)
+    o = state.optimizer
+    for arrays in parts.values():
+        _load(state.model, arrays, path)
+    state.model.load(parts["model"])
+    o.ema, o.m, o.v = parts["ema"], parts["adamw.m"], parts["adamw.v"]
+    o.step_number, state.seconds = about["step"], about["seconds"]
+    return state
+
+
+def load_model(run: str | Path, weights: str = "ema") -> tuple[TextToImage, Config]:
+    """The model of a run folder (or checkpoint file), with its averaged ("ema") or raw ("model") weights."""
+    path = Path(run)
+    path = path / FILE if path.is_dir() or not path.suffix else path
+    parts, about = load_checkpoint(path, (weights,))
+    state = _state(config_from_dict(about["config"], str(path)), about["words"], about["image_shape"], seed=None)
+    _load(state.model, parts[weights], path)
+    return state.model, state.config
+
+
+def _load(model: TextToImage, arrays: dict[str, np.ndarray], path: Path) -> None:
+    try:
+        model.load(arrays, str(path))
+    except ValueError as e:
+        raise UserError(str(e)) from e
+
+
+def draw_batch(state: TrainState, data: Dataset, step: int, part: int) -> Batch:
+    """The batch of forward pass `part` of optimizer step `step`: a pure function of the seed and the two."""
+    c, model = state.config.train, state.model
+    number = (step - 1) * c.accumulate + part
+    samples = range(part * c.batch, (part + 1) * c.batch)
+    images, captions = data.batch(number, c.batch)
+    u = uniform(c.seed, samples, step, Purpose.TRAIN_TIMESTEP)[:, 0]
+    dropped = uniform(c.seed, samples, step, Purpose.DROP_CAPTION)[:, 0] < c.drop_caption
+    captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
+    eps = normal(c.seed, samples, step, Purpose.TRAIN_NOISE, model.latent_shape)
+    return Batch(images, captions, 1 + (u * model.schedule.T).astype(np.int64), eps)
+
+
+def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
+    """Take optimizer steps until state.config.train.steps, yielding after each. The state is the caller's to save.
+
+    The next step's data is prepared in a thread beside the current step. Raises UserError if the loss or a gradient is
+    not finite; the parameters are then those of the step before.
+    """
+    c = state.config.train
+
+    def draw(step: int) -> list[Batch]:
+        return [draw_batch(state, data, step, part) for part in range(c.accumulate)]
+
+    with ThreadPoolExecutor(1, "data") as pool:
+        upcoming = pool.submit(draw, state.step + 1)
+        while state.step < state.config.train.steps:
+            started = time.perf_counter()
+            batches = upcoming.result()
+            upcoming = pool.submit(draw, state.step + 2)
+            loss, grads = loss_and_gradients(state.model, batches)
+            norm = gradient_norm(list(grads.values()))
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise UserError(_not_finite(state.step + 1, loss, grads))
+            factor = clip_factor(norm, c.clip)
+            if factor < 1:
+                grads = {name: g * np.asarray(factor, g.dtype) for name, g in grads.items()}
+            lr = learning_rate(state.step + 1, state.config.train.steps, c.lr, c.warmup)
+            state.optimizer.step(lr, grads)
+            seconds = time.perf_counter() - started
+            state.seconds += seconds
+            n = c.batch * c.accumulate
+            yield StepLog(state.step, loss, lr, norm, state.step * n, state.seconds / 60, n / seconds)
+
+
+def loss_and_gradients(model: TextToImage, batches: list[Batch]) -> tuple[float, dict[str, Any]]:
+    """The mean loss over the batches, and its gradient by parameter."""
+    parameters = dict(model.named_parameters())
+    for p in parameters.values():
+        p.grad = None
+    total = 0.0
+    for batch in batches:
+        loss = model.loss(batch.images, batch.captions, batch.t, batch.eps) * (1 / len(batches))
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad for name, p in parameters.items()}
+
+
+def _not_finite(step: int, loss: float, grads: dict[str, Any]) -> str:
+    bad = [name for name, g in grads.items() if not np.isfinite(g).all()]
+    where = f"; the gradient of {bad[0]} and {len(bad) - 1} others is not finite" if bad else ""
+    return (
+        f"step {step}: the loss is {loss}{where}. The parameters of step {step - 1} are kept; "
+        "resume with a lower learning rate (--train.lr) or tighter clipping (--train.clip)"
+    )
+
+
+# ---- a whole run: folder, log, bar, sample grids, checkpoints, Ctrl-C
+
+
+def fit(state: TrainState, folder: Path, on_sample: Callable[[TrainState, Path], None] | None = None) -> bool:
+    """Train to the end, writing to the run's folder; returns whether it got there (False after Ctrl-C).
+
+    on_sample(state, path) draws the sample grid of a step into a PNG file.
+    """
+    data = open_data(state.config.data, state.config.train.seed)
+    (folder / "config.toml").write_text(config_to_toml(state.config))
+    keep_log_until(folder / LOG, state.step)
+    stop = _StopFlag()
+    saved = state.step
+    with (
+        stop,
+        open(folder / LOG, "a", buffering=1) as log,
+        tqdm(total=state.config.train.steps, initial=state.step, unit="step", dynamic_ncols=True) as bar,
+    ):
+        try:
+            for record in train(state, data):
+                log.write(json.dumps(asdict(record)) + "\n")
+                bar.update()
+                bar.set_postfix_str(f"loss {record.loss:.4f}, {record.images_per_second:.0f} images/s", refresh=False)
+                if state.config.train.minutes and record.step == calibration_step(state.config):
+                    set_steps_from_minutes(state, folder)
+                    bar.total = state.config.train.steps
+                if record.step % state.config.train.save_every == 0 or stop:
+                    save_state(state, folder / FILE)
+                    saved = state.step
+                every = state.config.train.sample_every
+                if on_sample and every and record.step % every == 0:
+                    on_sample(state, folder / "samples" / f"step_{record.step:06d}.png")
+                if stop:
+                    break
+        except UserError:
+            if saved < state.step:
+                save_state(state, folder / FILE)
+            raise
+    if saved < state.step:
+        save_state(state, folder / FILE)
+    return state.step >= state.config.train.steps
+
+
+def calibration_step(config: Config) -> int:
+    """The step after which `train.minutes` is turned into a number of steps; within warm-up, which does not use it."""
+    return min(30, config.train.warmup)
+
+
+def set_steps_from_minutes(state: TrainState, folder: Path) -> None:
+    """Replace `minutes` by the number of steps that fit into them at the speed measured so far."""
+    steps = max(state.config.train.warmup + 1, int(60 * state.config.train.minutes / (state.seconds / state.step)))
+    state.config = replace(state.config, train=replace(state.config.train, steps=steps, minutes=0.0))
+    (folder / "config.toml").write_text(config_to_toml(state.config))
+
+
+def keep_log_until(path: Path, step: int) -> None:
+    """Drop the log's records after `step` (and a torn last line): a resumed run writes them anew."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's log."""
+    with open(folder / LOG) as f:
+        return [json.loads(line) for line in f]
+
+
+class _StopFlag:
+    """Ctrl-C (or SIGTERM) sets a flag that is read between steps; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.set = False
+
+    def __bool__(self) -> bool:
+        return self.set
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.set:
+            raise KeyboardInterrupt
+        self.set = True
+
+    def __enter__(self) -> _StopFlag:
+        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

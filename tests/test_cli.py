@@ -1,0 +1,136 @@
+"""The command line: help worth reading, and one clear sentence, status 1 and nothing lost on bad input."""
+
+import json
+
+import pytest
+from PIL import Image
+from test_train import TINY
+
+from minidiff.cli import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished tiny run."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    flags = [f"--{k}={v}" for k, v in {**TINY, "train.steps": 4, "train.sample_every": 2}.items()]
+    assert main(["train", "shapes", "--out", str(folder), *flags]) == 0
+    return folder
+
+
+def fails(capsys, *arguments):
+    """The one line on stderr of a command that fails."""
+    capsys.readouterr()
+    assert main(list(map(str, arguments))) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("minidiff: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_a_run_folder_is_complete(run):
+    names = {p.name for p in run.iterdir()}
+    assert names >= {"config.toml", "log.jsonl", "checkpoint.safetensors", "samples"}
+    assert {p.name for p in (run / "samples").iterdir()} == {"step_000002.png", "step_000004.png"}
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["evaluate"], ["doctor"]])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as e:
+        main([*command, "--help"])
+    assert e.value.code == 0
+    assert "minidiff" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train"], ["name a preset", "shapes"]),
+        (["train", "shape"], ["unknown preset 'shape'", "did you mean"]),
+        (["train", "shapes", "--train.stpes=3"], ["no option --train.stpes", "did you mean '--train.steps'"]),
+        (["train", "shapes", "--train.steps=x"], ["train.steps wants a whole number"]),
+        (["train", "--resume", "nowhere"], ["there is no checkpoint nowhere"]),
+        (["train", "shapes", "--resume", "nowhere"], ["name neither a preset nor --out"]),
+        (["sample", "a red circle", "--run", "nowhere"], ["there is no checkpoint nowhere"]),
+        (["evaluate", "nowhere"], ["there is no checkpoint nowhere"]),
+    ],
+)
+def test_bad_arguments(capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    err = fails(capsys, *arguments)
+    for word in words:
+        assert word in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_left_alone(capsys, run):
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    assert "exists and is not empty" in fails(capsys, "train", "shapes", "--out", run)
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_a_truncated_checkpoint(capsys, run, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes((run / path.name).read_bytes()[:5000])
+    for command in (["train", "--resume"], ["evaluate"], ["sample", "a red circle", "--run"]):
+        assert f"{path} is truncated or damaged" in fails(capsys, *command, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_a_begun_run_cannot_change(capsys, run):
+    assert "--unet.channels cannot change" in fails(capsys, "train", "--resume", run, "--unet.channels=8,8")
+
+
+def test_a_finished_run_says_so(capsys, run):
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "step 4 of 4 already" in capsys.readouterr().out
+
+
+def test_sample_writes_a_grid_with_its_settings(capsys, run, tmp_path):
+    out = tmp_path / "grid.png"
+    command = ["sample", "a red circle", "", "--run", run, "--sample.steps=3", "--count=2", "--out", out, "--seed=5"]
+    assert main(list(map(str, command))) == 0
+    text = Image.open(out).text
+    assert text["prompt"] == "a red circle; a red circle; ; " and text["seed"] == "5" and text["steps"] == "3"
+    assert "exists; remove it or choose another --out" in fails(capsys, *command)
+
+
+def test_sample_writes_separate_pictures(run, tmp_path):
+    out = tmp_path / "pictures"
+    command = ["sample", "a red circle", "a blue square", "--run", run, "--sample.steps=3", "--out", out]
+    assert main(list(map(str, command))) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["0000.png", "0001.png"]
+    picture = Image.open(out / "0001.png")
+    assert picture.size == (32, 32) and picture.text["prompt"] == "a blue square" and picture.text["guidance"] == "3.0"
+    assert [p.name for p in tmp_path.iterdir()] == ["pictures"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["a pink circle"], ["does not know 'pink'", "its words: a, above"]),
+        (["a red circle", "--sample.steps=1001"], ["sampling steps must be in 1..1000"]),
+        (["a red circle", "--sample.steps=0"], ["sample.steps must be at least 1"]),
+        (["a red circle", "--count=0"], ["--count must be at least 1"]),
+        (["a red circle", "--out=x.jpg"], ["a .png file or a folder"]),
+    ],
+)
+def test_sample_refuses(capsys, run, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    err = fails(capsys, "sample", *arguments, "--run", run)
+    for word in words:
+        assert word in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_ends_with_the_share_that_is_right(capsys, run):
+    assert main(["evaluate", str(run), "--n=8", "--sample.steps=3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("held-out captions fully right: 0.0% (n=8)")
+    assert {"captions.png", "filmstrip.png", "guidance.png", "loss.png"} <= {p.name for p in run.iterdir()}
+    report = json.loads((run / "evaluation.json").read_text())
+    assert report["n"] == 8 and report["split"] == "test" and report["sample"]["steps"] == 3
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "NumPy" in out and "kernels: reference" in out and "presets: shapes" in out

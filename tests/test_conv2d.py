@@ -1,0 +1,54 @@
+"""Convolution against its definition, seven loops."""
+
+import numpy as np
+import pytest
+from helpers import check_op
+
+from minidiff import ops
+
+pytestmark = pytest.mark.usefixtures("kernels_kind")
+
+
+def formula(x, w, b=None, stride=1, sides=((0, 0), (0, 0))):
+    (top, bottom), (left, right) = sides
+    B, H, W, C_in = x.shape
+    kh, kw, _, C_out = w.shape
+    H_out, W_out = (H + top + bottom - kh) // stride + 1, (W + left + right - kw) // stride + 1
+    y = np.zeros((B, H_out, W_out, C_out))
+    if b is not None:
+        y += b
+    for n, i, j, p, q in np.ndindex(B, H_out, W_out, kh, kw):
+        row, column = stride * i + p - top, stride * j + q - left
+        if 0 <= row < H and 0 <= column < W:
+            for c in range(C_in):
+                for d in range(C_out):
+                    y[n, i, j, d] += x[n, row, column, c] * w[p, q, c, d]
+    return y
+
+
+@pytest.mark.parametrize(
+    "x, w, stride, padding",
+    [
+        ((1, 1, 1, 1), (1, 1, 1, 1), 1, 0),
+        ((2, 5, 3, 3), (1, 1, 3, 5), 1, 0),
+        ((2, 5, 4, 3), (3, 3, 3, 2), 1, 1),
+        ((1, 7, 5, 2), (3, 3, 2, 3), 2, 1),
+        ((1, 6, 7, 3), (3, 3, 3, 1), 2, ((0, 1), (0, 1))),
+        ((1, 6, 5, 1), (3, 3, 1, 3), 3, ((2, 0), (0, 3))),
+        ((2, 3, 7, 2), (2, 5, 2, 3), 1, 0),
+        ((1, 4, 6, 3), (2, 5, 3, 2), 2, ((1, 0), (2, 3))),
+        ((1, 5, 5, 2), (1, 1, 2, 3), 2, 1),
+        ((1, 3, 3, 5), (3, 3, 5, 7), 1, 0),
+        ((1, 2, 2, 1), (5, 5, 1, 2), 1, 2),
+        ((0, 4, 4, 3), (3, 3, 3, 2), 1, 1),
+    ],
+)
+def test_conv2d(x, w, stride, padding, rng):
+    sides = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
+    inputs = rng.standard_normal(x), rng.standard_normal(w), rng.standard_normal(w[3])
+    for arrays in (inputs, inputs[:2]):
+        check_op(
+            lambda x, w, b=None: ops.conv2d(x, w, b, stride, padding),
+            lambda x, w, b=None: formula(x, w, b, stride, sides),
+            *arrays,
+        )

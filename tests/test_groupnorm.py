@@ -1,0 +1,66 @@
+"""GroupNorm in one group, some, or one for each channel; alone and followed by SiLU."""
+
+import numpy as np
+import pytest
+from helpers import check_op
+
+from minidiff import ops
+
+pytestmark = pytest.mark.usefixtures("kernels_kind")
+
+
+def formula(x, gamma, beta, groups, eps=1e-5, silu=False):
+    size = x.shape[-1] // groups
+    z = np.empty_like(x)
+    for b in range(x.shape[0]):
+        for g in range(groups):
+            here = (b, ..., slice(g * size, (g + 1) * size))
+            z[here] = (x[here] - x[here].mean()) / np.sqrt(x[here].var() + eps)
+    z = z * gamma + beta
+    return z / (1 + np.exp(-z)) if silu else z
+
+
+def draw(rng, shape):
+    return rng.standard_normal(shape), rng.standard_normal(shape[-1]), rng.standard_normal(shape[-1])
+
+
+@pytest.mark.parametrize(
+    "shape, groups",
+    [
+        ((3, 6), 1),
+        ((3, 6), 3),
+        ((2, 5, 6), 1),
+        ((2, 5, 6), 2),
+        ((2, 5, 6), 6),
+        ((1, 3, 7, 5), 1),
+        ((2, 3, 1, 9), 3),
+        ((2, 3, 5, 10), 5),
+        ((2, 1, 1, 4), 2),
+        ((2, 2, 3, 2, 4), 2),
+        ((0, 3, 3, 4), 2),
+    ],
+)
+@pytest.mark.parametrize("silu", [False, True])
+def test_group_norm(shape, groups, silu, rng):
+    check_op(
+        lambda *a: ops.group_norm(*a, groups, silu=silu), lambda *a: formula(*a, groups, silu=silu), *draw(rng, shape)
+    )
+
+
+def test_eps(rng):
+    check_op(lambda *a: ops.group_norm(*a, 2, eps=0.1), lambda *a: formula(*a, 2, eps=0.1), *draw(rng, (2, 5, 6)))
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_a_large_offset(silu, rng):
+    """mean(x^2) - mean(x)^2 would be noise here; two passes lose only the rounding of the mean."""
+    x, gamma, beta = draw(rng, (2, 5, 3, 6))
+    check_op(
+        lambda *a: ops.group_norm(*a, 2, silu=silu),
+        lambda *a: formula(*a, 2, silu=silu),
+        np.round(4 * x) / 4 + 1e4,
+        gamma,
+        beta,
+        condition=100,
+        dtypes=("float32",),
+    )

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from minidiff.nn import Parameter
+from minidiff.optim import AdamW, clip_factor, gradient_norm, learning_rate
+
+
+def parameter(data):
+    p = Parameter(data.shape, "zeros")
+    p.data = data.copy()
+    return p
+
+
+def test_adamw_follows_the_papers_algorithm(kernels_kind, rng):
+    """Against the textbook recursion in float64, several steps, a matrix (decays) and a vector (does not)."""
+    start = {"w": rng.normal(size=(3, 5)), "b": rng.normal(size=5)}
+    grads = [{k: rng.normal(size=v.shape) for k, v in start.items()} for _ in range(4)]
+    parameters = {k: parameter(v.astype(np.float32)) for k, v in start.items()}
+    optimizer = AdamW(parameters, betas=(0.8, 0.95), weight_decay=0.1, ema_decay=0.5)
+    for g in grads:
+        optimizer.step(0.01, {k: v.astype(np.float32) for k, v in g.items()})
+
+    for name, decay in (("w", 0.1), ("b", 0.0)):
+        p, m, v, ema = start[name], 0, 0, start[name]
+        for n, g in enumerate(grads, 1):
+            m = 0.8 * m + 0.2 * g[name]
+            v = 0.95 * v + 0.05 * g[name] ** 2
+            p = p - 0.01 * (m / (1 - 0.8**n) / (np.sqrt(v / (1 - 0.95**n)) + 1e-8) + decay * p)
+            d = min(0.5, (1 + n) / (10 + n))
+            ema = d * ema + (1 - d) * p
+        assert np.abs(parameters[name].data - p).max() < 1e-6
+        assert np.abs(optimizer.ema[name] - ema).max() < 1e-6
+
+
+def test_the_average_does_not_remember_its_beginning():
+    """EMA with warm-up: after 100 steps of a parameter that jumped to 1 at once, the average is there too."""
+    p = parameter(np.zeros((1, 1), np.float32))
+    optimizer = AdamW({"p": p}, ema_decay=0.9999, weight_decay=0.0)
+    p.data[:] = 1
+    for _ in range(100):
+        optimizer.step(0.0, {"p": np.zeros((1, 1), np.float32)})
+    assert optimizer.ema["p"].item() > 0.99
+
+
+def test_norm_and_clipping():
+    grads = [np.full((2, 2), 3.0, np.float32), np.full(4, 4.0, np.float32)]
+    assert gradient_norm(grads) == pytest.approx(10.0)
+    assert clip_factor(10.0, 1.0) == pytest.approx(0.1)
+    assert clip_factor(0.5, 1.0) == 1.0
+    assert clip_factor(0.0, 1.0) == 1.0
+
+
+def test_learning_rate_rises_then_falls():
+    rates = [learning_rate(n, 100, 1.0, 10) for n in range(1, 101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == 1.0 == max(rates)
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+    assert rates[54] == pytest.approx(0.5)  # half-way down the cosine

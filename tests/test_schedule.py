@@ -1,0 +1,170 @@
+"""The schedules against the papers' formulas worked out by hand, and against figures that others published."""
+
+import math
+
+import numpy as np
+import pytest
+
+from minidiff.schedule import Schedule, cosine, linear, per_sample, scaled_linear
+
+MAKERS = [linear, scaled_linear, cosine]
+LENGTHS = [1, 2, 3, 1000, 4000]
+
+
+def close(actual, expected, rtol=1e-12, atol=0.0):
+    assert np.isfinite(actual).all()
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol, equal_nan=False)
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("make", MAKERS)
+def test_tables(make, T):
+    with np.errstate(all="raise"):
+        s = make(T)
+        tables = s.beta, s.alpha, s.alpha_bar
+    assert s.T == T
+    for table in tables:
+        assert table.shape == (T + 1,) and table.dtype == np.float64 and np.isfinite(table).all()
+    assert s.beta[0] == 0 and s.alpha[0] == 1 and s.alpha_bar[0] == 1
+    assert (s.beta[1:] > 0).all() and (s.beta < 1).all()
+    assert (np.diff(s.beta) > 0).all()
+    assert (np.diff(s.alpha_bar) < 0).all() and s.alpha_bar[-1] > 0
+    close(s.alpha, 1 - s.beta)
+    product = 1.0
+    for t in range(1, T + 1):
+        product *= 1 - s.beta[t]
+        assert abs(s.alpha_bar[t] / product - 1) < 1e-12
+
+
+def test_tables_are_float64_whatever_the_betas_are():
+    s = Schedule(np.full(5, 0.1, np.float32))
+    assert s.beta.dtype == s.alpha_bar.dtype == np.float64
+
+
+def test_linear_by_hand():
+    s = linear(1000)
+    close(s.beta[[1, 2, 500, 1000]], [1e-4, 1e-4 + 0.0199 / 999, 1e-4 + 0.0199 * 499 / 999, 0.02])
+    close(linear(3, 0.1, 0.3).beta, [0, 0.1, 0.2, 0.3])
+    close(linear(3, 0.1, 0.3).alpha_bar, [1, 0.9, 0.72, 0.504])
+
+
+def test_scaled_linear_by_hand():
+    s = scaled_linear(1000)
+    root = math.sqrt(0.00085) + (math.sqrt(0.012) - math.sqrt(0.00085)) * 499 / 999
+    close(s.beta[[1, 500, 1000]], [0.00085, root**2, 0.012])
+    close(scaled_linear(3, 0.01, 0.09).beta, [0, 0.01, 0.04, 0.09])  # roots 0.1, 0.2, 0.3
+
+
+def test_cosine_by_hand():
+    s = cosine(1000)
+    for t in (1, 250, 500, 999):
+        f = math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+        close(s.alpha_bar[t], f / math.cos(0.008 / 1.008 * math.pi / 2) ** 2, rtol=1e-9)
+    assert s.beta[1000] == 0.999
+    f0, f1 = (math.cos(x / 1.008 * math.pi / 2) ** 2 for x in (0.008, 0.508))
+    close(cosine(2).beta, [0, 1 - f1 / f0, 0.999])
+    close(cosine(1).beta, [0, 0.999])
+    close(cosine(100, s=0.0).alpha_bar[50], 0.5)  # cos^2(pi / 4)
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_cosine_beta_is_capped(T):
+    assert cosine(T).beta.max() <= 0.999
+    assert cosine(T, beta_max=0.5).beta.max() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sigma_min", "sigma_max"),
+    [(linear(), 0.0100, 157.407), (scaled_linear(), 0.0292, 14.6146)],  # as k-diffusion prints them
+)
+def test_published_noise_to_signal_ratios(schedule, sigma_min, sigma_max):
+    ratio = np.sqrt((1 - schedule.alpha_bar) / schedule.alpha_bar)
+    close(ratio[1], sigma_min, atol=5e-5)
+    close(ratio[-1], sigma_max, rtol=5e-6)
+
+
+def test_published_cosine_betas():
+    close(cosine(1000).beta[[1, 2]], [4.1284e-5, 4.6142e-5], atol=5e-10)  # diffusers' squaredcos_cap_v2
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("T", LENGTHS)
+def test_one_step_is_the_table(make, T):
+    s = make(T)
+    t = np.arange(1, T + 1)
+    for values in (s.between(t), s.between(t, t - 1)):
+        for value, table in zip(values[:3], (s.beta, s.alpha, s.alpha_bar), strict=True):
+            np.testing.assert_array_equal(value, table[1:])
+        np.testing.assert_array_equal(values[3], s.alpha_bar[:-1])
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_strides_are_consistent(make):
+    s = make(1000)
+    rng = np.random.default_rng(0)
+    t_prev = rng.integers(0, 1000, 500)
+    t = rng.integers(t_prev + 1, 1001)
+    with np.errstate(all="raise"):
+        beta, alpha, alpha_bar, alpha_bar_prev = s.between(t, t_prev)
+    close(alpha * alpha_bar_prev, alpha_bar)
+    close(alpha + beta, np.ones(500))
+    assert ((beta > 0) & (beta < 1)).all()
+    for i in range(0, 500, 50):  # the product of the single steps
+        close(alpha[i], np.prod(1 - s.beta[t_prev[i] + 1 : t[i] + 1]), rtol=1e-10)
+    close(s.between(t, 0)[1], s.alpha_bar[t])
+
+
+def test_between_takes_numbers_and_arrays():
+    s = linear(10)
+    assert all(np.ndim(v) == 0 for v in s.between(5, 2))
+    arrays = s.between(np.array([5, 7]), np.array([2, 6]))
+    for i, (t, t_prev) in enumerate([(5, 2), (7, 6)]):
+        np.testing.assert_array_equal([v[i] for v in arrays], s.between(t, t_prev))
+
+
+@pytest.mark.parametrize(
+    "t",
+    [0, 11, -1, 2.5, 2.0, True, np.array([1, 0]), np.array([1, 11]), np.array([1.5, 2.0]), np.uint8(0), np.nan, "1"],
+    ids=repr,
+)
+def test_no_step_starts_there(t):
+    with pytest.raises(ValueError, match="t"):
+        linear(10).between(t)
+
+
+@pytest.mark.parametrize(("t", "t_prev"), [(5, 5), (5, 6), (5, -1), (5, 2.5), (5, 11), (np.array([3, 3]), [2, 3])])
+def test_no_step_ends_there(t, t_prev):
+    with pytest.raises(ValueError, match="t"):
+        linear(10).between(t, t_prev)
+
+
+def test_alpha_bar_at():
+    s = cosine(10)
+    assert s.alpha_bar_at(0) == 1
+    np.testing.assert_array_equal(s.alpha_bar_at(np.array([0, 10, 3])), s.alpha_bar[[0, 10, 3]])
+    for t in (-1, 11, 1.0):
+        with pytest.raises(ValueError, match="whole numbers in 0..10"):
+            s.alpha_bar_at(t)
+
+
+@pytest.mark.parametrize("betas", [[0.0, 0.1], [0.1, 1.0], [0.1, np.nan], [-0.1], [[0.1, 0.2]], [], [1.5]], ids=str)
+def test_impossible_betas(betas):
+    with pytest.raises(ValueError, match="schedule"):
+        Schedule(np.array(betas, dtype=np.float64))
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_no_steps_at_all(make):
+    with np.errstate(all="ignore"), pytest.raises(ValueError):
+        make(0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_per_sample(dtype):
+    x = np.ones((2, 3, 4), dtype)
+    assert per_sample(0.5, x).shape == ()
+    c = per_sample(np.array([0.5, 0.25]), x)
+    assert c.shape == (2, 1, 1) and c.dtype == dtype and (c * x).dtype == dtype
+    close((c * x)[:, 0, 0], [0.5, 0.25])
+    with pytest.raises(ValueError, match="3 timesteps for 2 samples"):
+        per_sample(np.ones(3), x)
