@@ -2,7 +2,7 @@
 
 from minidiff import ops  # noqa: F401  (attaches the operators to Tensor)
 from minidiff.backend import kernels
-from minidiff.tensor import Tensor, checkpoint, no_grad
+from minidiff.tensor import Tensor, no_grad
 
 __version__ = "0.1.0"
-__all__ = ["Tensor", "checkpoint", "kernels", "no_grad"]
+__all__ = ["Tensor", "kernels", "no_grad"]

@@ -42,6 +42,17 @@ def to_numpy(array: Array) -> np.ndarray:
     return array.get() if hasattr(array, "get") else np.asarray(array)
 
 
+def device_module(device: str) -> ModuleType:
+    """The array module of a device: numpy for "cpu", cupy for "cuda". Raises ValueError where CuPy is missing."""
+    if device == "cpu":
+        return np
+    try:
+        import cupy
+    except ImportError as e:
+        raise ValueError(f"'cuda' needs CuPy, which is not installed here ({e}); see: minidiff doctor") from e
+    return cupy
+
+
 def kernel(reference: F) -> F:
     """Enter a reference function in the table of kernels, and dispatch calls to the active kind.
 

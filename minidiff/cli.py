@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to draw; "" is the unconditional input')
     p.add_argument("--run", default=DEMO_RUN, metavar="FOLDER", help="the run whose model draws (default: %(default)s)")
     p.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged or raw weights (default: ema)")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default: cpu)")
     p.add_argument("--count", type=int, default=1, metavar="N", help="pictures of each caption (default: 1)")
     p.add_argument("--seed", type=int, default=0, help="the same seed draws the same pictures (default: 0)")
     p.add_argument(
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("run", nargs="?", default=DEMO_RUN, metavar="FOLDER", help="the run (default: %(default)s)")
     p.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged or raw weights (default: ema)")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default: cpu)")
     p.add_argument("--n", type=int, default=500, help="number of captions (default: 500)")
     p.add_argument("--seed", type=int, default=0, help="chooses captions and noise (default: 0)")
     p.add_argument(
@@ -206,7 +208,7 @@ def _sample(args: argparse.Namespace) -> int:
 
     if args.count < 1 or args.seed < 0:
         raise UserError("--count must be at least 1 and --seed not negative")
-    model, config = load_model(args.run, _weights(args))
+    model, config = load_model(args.run, _weights(args), args.device)
     settings = _sample_settings(config, args)
     for prompt in args.prompts:
         unknown = model.tokenizer.unknown(prompt)
@@ -241,7 +243,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     if args.n < 1 or args.seed < 0:
         raise UserError("--n must be at least 1 and --seed not negative")
-    model, config = load_model(args.run, _weights(args))
+    model, config = load_model(args.run, _weights(args), args.device)
     if config.data.name != "shapes":
         raise UserError(f"{args.run} was trained on {config.data.name}; only shapes has a checker")
     settings = _sample_settings(config, args)

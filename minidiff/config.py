@@ -45,11 +45,14 @@ class TrainConfig:
         default=0.1, metadata={"help": "probability that a caption is replaced by the empty one"}
     )
     checkpointing: bool = field(default=False, metadata={"help": "less memory: recompute each block in backward"})
+    device: str = field(default="cpu", metadata={"help": "cpu, or cuda (with CuPy)"})
     seed: int = field(default=0, metadata={"help": "seed of parameters, data, noise and timesteps"})
     save_every: int = field(default=500, metadata={"help": "steps between checkpoints"})
     sample_every: int = field(default=1000, metadata={"help": "steps between sample grids; 0: none"})
 
     def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"train.device: {self.device!r} is neither cpu nor cuda")
         for name in ("steps", "batch", "accumulate", "warmup", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")

@@ -54,6 +54,7 @@ def training_target(x0: Array, t: Array, eps: Array, schedule: Schedule, predict
         return eps
     if prediction == "x0":
         return x0
+    _check_is_v(prediction)
     alpha_bar = schedule.alpha_bar_at(t)
     return per_sample(np.sqrt(alpha_bar), x0) * eps - per_sample(np.sqrt(1 - alpha_bar), x0) * x0
 
@@ -92,8 +93,14 @@ def eps_from_prediction(answer: Array, x_t: Array, t: Array, schedule: Schedule,
         return answer
     if prediction == "x0":
         return eps_from_x0(x_t, t, answer, schedule)
+    _check_is_v(prediction)
     alpha_bar = schedule.alpha_bar_at(t)
     return per_sample(np.sqrt(alpha_bar), x_t) * answer + per_sample(np.sqrt(1 - alpha_bar), x_t) * x_t
+
+
+def _check_is_v(prediction: str) -> None:
+    if prediction != "v":
+        raise ValueError(f"prediction: {prediction!r} is not one of {', '.join(PREDICTIONS)}")
 
 
 def clip_x0(x_t: Array, t: Array, eps: Array, schedule: Schedule, limit: float = 1.0) -> tuple[Array, Array]:
@@ -143,17 +150,17 @@ def sigma(t: Array, schedule: Schedule, kind: str = "small", t_prev: Array | Non
 
 
 def ddim_step(
-    x_t: Array, t: Array, eps: Array, z: Array | float, eta: float, schedule: Schedule, t_prev: Array | None = None
+    x0: Array, eps: Array, t: Array, z: Array | float, eta: float, schedule: Schedule, t_prev: Array | None = None
 ) -> Array:
     """x_prev = sqrt(alpha_bar_prev) x0 + sqrt(1 - alpha_bar_prev - s^2) eps + s z,  s = eta * sigma_small.
 
-    eta = 0 is deterministic, eta = 1 is DDPM with the small sigma. DDIM, equations 12 and 16.
+    x0 and eps: the predicted image and noise, which together make x_t. eta = 0 is deterministic, eta = 1 is DDPM with
+    the small sigma. DDIM, equations 12 and 16.
     """
     _, _, _, alpha_bar_prev = schedule.between(t, t_prev)
     s = eta * sigma(t, schedule, "small", t_prev)
-    x0 = predict_x0(x_t, t, eps, schedule)
     towards = np.sqrt(np.maximum(1 - alpha_bar_prev - s**2, 0))
-    return per_sample(np.sqrt(alpha_bar_prev), x_t) * x0 + per_sample(towards, x_t) * eps + per_sample(s, x_t) * z
+    return per_sample(np.sqrt(alpha_bar_prev), x0) * x0 + per_sample(towards, x0) * eps + per_sample(s, x0) * z
 
 
 def classifier_free_guidance(eps_cond: Array, eps_uncond: Array, w: float) -> Array:
@@ -173,6 +180,8 @@ def guided_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: fl
 
     cond and uncond are (tokens (B, L, D), mask (B, L) or None), or None for a model without text.
     """
+    if w != 1 and uncond is None and cond is not None:
+        raise ValueError(f"guidance with w = {w} needs the unconditional input too")
     xp = array_module(x_t)
     t = xp.broadcast_to(xp.asarray(t), x_t.shape[:1])
     with no_grad():
@@ -214,7 +223,7 @@ def denoise_step(
     cond: Any,
     uncond: Any,
     w: float,
-    z: Array,
+    z: Array | None,
     schedule: Schedule,
     t_prev: int | None = None,
     sigma_kind: str = "small",
@@ -222,7 +231,7 @@ def denoise_step(
 ) -> DenoiseStep:
     """One step of the reverse process p_theta(x_{t-1} | x_t), in its seven parts. DDPM, algorithm 2.
 
-    z: standard normal noise like x_t, unused in the step to t_prev = 0. w: guidance scale.
+    z: standard normal noise like x_t; not looked at in the step to t_prev = 0. w: guidance scale.
     clip: hold the predicted x0 within +-clip and recompute eps from it; None leaves it free.
     """
     t_prev = t - 1 if t_prev is None else t_prev
@@ -231,7 +240,10 @@ def denoise_step(
         _, eps = clip_x0(x_t, t, eps, schedule, clip)
     beta, alpha, alpha_bar, _ = schedule.between(t, t_prev)
     removed = per_sample(beta / np.sqrt(1 - alpha_bar), x_t) * eps
-    added = per_sample(sigma(t, schedule, sigma_kind, t_prev) * (t_prev > 0), x_t) * z
+    if t_prev == 0:
+        added = array_module(x_t).zeros_like(x_t)
+    else:
+        added = per_sample(sigma(t, schedule, sigma_kind, t_prev), x_t) * z
     x_prev = (x_t - removed) / per_sample(np.sqrt(alpha), x_t) + added  # = mu_theta + sigma_t z
     return DenoiseStep(x_t, _time_embedding(model, x_t, t), cond, eps, removed, added, x_prev)
 

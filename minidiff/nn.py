@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from minidiff import ops
-from minidiff.backend import Array
+from minidiff.backend import Array, device_module, to_numpy
 from minidiff.random import Purpose, normal, uniform
 from minidiff.tensor import Tensor
 
@@ -60,6 +60,13 @@ class Module:
         """Give every parameter its first value; returns the module."""
         for number, parameter in enumerate(self.parameters()):
             parameter.initialise(seed, number)
+        return self
+
+    def to(self, device: str) -> Module:
+        """Move the parameters to "cpu" or "cuda"; returns the module."""
+        xp = device_module(device)
+        for p in self.parameters():
+            p.data = to_numpy(p.data) if xp is np else xp.asarray(p.data)
         return self
 
     def state(self) -> dict[str, Array]:

@@ -45,12 +45,14 @@ def philox(c0: Array, c1: Array, c2: Array, c3: Array, seed: int) -> tuple[Array
 
 def _words(seed: int, samples: Sequence[int], step: int, purpose: Purpose, elements: int) -> np.ndarray:
     """32-bit words (len(samples), elements); element e is word e % 4 of the block with counter e // 4."""
-    if seed < 0:
-        raise ValueError(f"the seed must not be negative, got {seed}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"the seed must be in 0..2^64 - 1, got {seed}")
+    if max(step, *samples, 0, 0) >= 2**32 or min(step, *samples, 0, 0) < 0:
+        raise ValueError("the numbers of the step and of the samples must be in 0..2^32 - 1")
     blocks = np.arange((elements + 3) // 4, dtype=np.uint64)[None, :]
     sample = np.asarray(samples, dtype=np.uint64)[:, None]
     words = philox(blocks, sample, np.uint64(step), np.uint64(purpose), seed)
-    return np.stack(np.broadcast_arrays(*words), axis=-1).reshape(len(samples), -1)
+    return np.stack(np.broadcast_arrays(*words), axis=-1).reshape(len(samples), 4 * blocks.size)
 
 
 def uniform(seed: int, samples: Sequence[int], step: int, purpose: Purpose, elements: int = 1) -> np.ndarray:
@@ -66,8 +68,9 @@ def normal(seed: int, samples: Sequence[int], step: int, purpose: Purpose, shape
     the pair  sqrt(-2 log u) cos(angle), sqrt(-2 log u) sin(angle).
     """
     elements = math.prod(shape)
-    words = _words(seed, samples, step, purpose, elements).astype(np.float32).reshape(len(samples), -1, 2)
+    words = _words(seed, samples, step, purpose, elements).astype(np.float32)
+    words = words.reshape(len(samples), words.shape[1] // 2, 2)
     radius = np.sqrt(-2 * np.log((words[..., 0] + 1) * np.float32(2.0**-32)))
     angle = words[..., 1] * np.float32(2 * math.pi * 2.0**-32)
     pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
-    return pairs.reshape(len(samples), -1)[:, :elements].reshape(len(samples), *shape)
+    return pairs.reshape(len(samples), words.shape[1] * 2)[:, :elements].reshape(len(samples), *shape)

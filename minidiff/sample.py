@@ -33,14 +33,15 @@ def denoise(
     except ValueError as e:
         raise UserError(f"sample.steps: {e}") from e
     samples = range(first, first + len(captions))
-    x_T = normal(seed, samples, 0, Purpose.START_NOISE, model.latent_shape)
+    xp = model.array_module
+    x_T = xp.asarray(normal(seed, samples, 0, Purpose.START_NOISE, model.latent_shape))
     with no_grad():
         tokens, mask = model.condition(captions)
         empty, empty_mask = model.condition([""] * len(captions))
     cond, uncond = (tokens.data, mask), (empty.data, empty_mask)
 
     def noise(i: int) -> Array:
-        return normal(seed, samples, i + 1, Purpose.STEP_NOISE, model.latent_shape)
+        return xp.asarray(normal(seed, samples, i + 1, Purpose.STEP_NOISE, model.latent_shape))
 
     clip = 1.0 if settings.clip else None
     walk = (model, x_T, cond, uncond, settings.guidance, timesteps, model.schedule, noise)

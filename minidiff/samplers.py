@@ -10,6 +10,7 @@ to t = 0, the image. Noise comes in through `noise(i)`, one standard normal arra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ def spaced_timesteps(T: int, steps: int) -> list[int]:
 
 def _pairs(timesteps: Sequence[int], schedule: Schedule) -> list[tuple[int, int]]:
     """(t, t_prev) for every step, the last one to 0."""
-    pairs = list(zip(timesteps, [*timesteps[1:], 0], strict=True))
+    pairs = list(pairwise([*timesteps, 0]))
     if not pairs or timesteps[0] > schedule.T or any(t <= t_prev for t, t_prev in pairs):
         raise ValueError(f"timesteps must fall from at most {schedule.T} to at least 1, got {list(timesteps)}")
     return pairs
@@ -62,8 +63,10 @@ def ddpm(
     """Ancestral sampling over any subset of steps. Ho et al. 2020, arXiv 2006.11239, algorithm 2."""
     x_t = x_T
     for i, (t, t_prev) in enumerate(_pairs(timesteps, schedule)):
-        step = denoise_step(model, x_t, t, cond, uncond, w, noise(i), schedule, t_prev, sigma_kind, clip)
-        yield SamplerStep(t, t_prev, x_t, predict_x0(x_t, t, step.eps, schedule), step.eps, step.x_prev)
+        z = noise(i) if t_prev > 0 else None
+        step = denoise_step(model, x_t, t, cond, uncond, w, z, schedule, t_prev, sigma_kind, clip)
+        x0 = predict_x0(x_t, t, step.eps, schedule) if clip is None else clip_x0(x_t, t, step.eps, schedule, clip)[0]
+        yield SamplerStep(t, t_prev, x_t, x0, step.eps, step.x_prev)
         x_t = step.x_prev
 
 
@@ -91,7 +94,7 @@ def ddim(
         if clip is not None:
             x0, eps = clip_x0(x_t, t, eps, schedule, clip)
         z = noise(i) if noise is not None and eta > 0 else 0.0
-        x_prev = ddim_step(x_t, t, eps, z, eta, schedule, t_prev)
+        x_prev = ddim_step(x0, eps, t, z, eta, schedule, t_prev)
         yield SamplerStep(t, t_prev, x_t, x0, eps, x_prev)
         x_t = x_prev
 

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from minidiff.backend import Array, array_module
+from minidiff.backend import Array, array_module, to_numpy
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +53,8 @@ class Schedule:
         With a stride, alpha = alpha_bar[t] / alpha_bar[t_prev] and beta = 1 - alpha, not the table's beta[t].
         t and t_prev are whole numbers (or arrays of them), 0 <= t_prev < t <= T; else ValueError.
         """
-        t = self._check(t)
-        if t_prev is None:
-            t_prev = t - 1
-        t_prev = self._check(t_prev)
+        t = self._check(t, first=1)
+        t_prev = self._check(t - 1 if t_prev is None else t_prev)
         if not (t_prev < t).all():
             raise ValueError(f"a step needs t_prev < t, got t = {t} and t_prev = {t_prev}")
         alpha_bar, alpha_bar_prev = self.alpha_bar[t], self.alpha_bar[t_prev]
@@ -69,10 +67,10 @@ class Schedule:
         """alpha_bar[t] for whole numbers t in 0..T; else ValueError."""
         return self.alpha_bar[self._check(t)]
 
-    def _check(self, t: Array) -> np.ndarray:
-        t = np.asarray(t.get() if hasattr(t, "get") else t)
-        if t.dtype.kind not in "iu" or (t.size and not (0 <= t.min() and t.max() <= self.T)):
-            raise ValueError(f"t must be whole numbers in 0..{self.T}, got {t}")
+    def _check(self, t: Array, first: int = 0) -> np.ndarray:
+        t = to_numpy(t)
+        if t.dtype.kind not in "iu" or (t.size and not (first <= t.min() and t.max() <= self.T)):
+            raise ValueError(f"t must be whole numbers in {first}..{self.T}, got {t}")
         return t
 
 
@@ -98,6 +96,8 @@ def cosine(T: int = 1000, s: float = 0.008, beta_max: float = 0.999) -> Schedule
 def per_sample(values: np.ndarray, x: Array) -> Array:
     """Coefficients, one number or one a sample (B,), in x's dtype and on its device, shaped to multiply x (B, ...)."""
     xp = array_module(x)
+    if x.dtype.kind != "f":
+        raise TypeError(f"diffusion works on floats, got {x.dtype}")
     a = xp.asarray(np.asarray(values), dtype=x.dtype)
     if a.ndim == 0:
         return a

@@ -96,9 +96,12 @@ class Tensor:
         """Add d(self)/d(leaf), weighted by `dy`, to `.grad` of every leaf that requires it.
 
         dy: an array of this Tensor's shape; it may be left out for a scalar, where it is 1.
-        The graph is freed on the way: a second call raises RuntimeError.
+        The graph is freed on the way: a second call raises RuntimeError. Gradients may share memory: replace `.grad`,
+        do not write into it.
         """
         xp = array_module(self.data)
+        if not self.requires_grad:
+            raise RuntimeError("backward: nothing that made this Tensor requires a gradient, or no_grad was on")
         if dy is None:
             if self.size != 1:
                 raise ValueError(f"backward of shape {self.shape} needs dy: only a scalar has the default dy = 1")
@@ -116,6 +119,8 @@ class Tensor:
                 continue
             node = tensor.node
             if node is None:
+                if not dy.flags.c_contiguous:  # e.g. the spread gradient of a sum, one number read many times
+                    dy = dy.copy()
                 tensor.grad = dy if tensor.grad is None else tensor.grad + dy
                 continue
             if node.backward is None:
@@ -125,6 +130,8 @@ class Tensor:
                     continue
                 if dx.shape != x.shape:
                     raise RuntimeError(f"{node.name}: gradient of shape {dx.shape} for an input of shape {x.shape}")
+                if dx.dtype.itemsize > x.dtype.itemsize:  # an operand of higher precision
+                    dx = dx.astype(x.dtype)
                 # `=` in place of `+` would lose all but the last use of a Tensor that is used twice
                 grads[id(x)] = grads[id(x)] + dx if id(x) in grads else dx
             node.backward, node.inputs = None, ()
@@ -168,10 +175,10 @@ def topological_order(root: Tensor) -> list[Tensor]:
 
 
 def as_tensor(x: Any, like: Tensor | None = None) -> Tensor:
-    """x itself if it is a Tensor, else a constant; a Python number takes the dtype and device of `like`."""
+    """x itself if it is a Tensor, else a constant; a single number takes the dtype and device of `like`."""
     if isinstance(x, Tensor):
         return x
-    if like is not None and np.ndim(x) == 0 and not hasattr(x, "dtype"):
+    if like is not None and isinstance(x, int | float | np.number):
         return Tensor(array_module(like.data).asarray(x, dtype=like.dtype))
     return Tensor(x)
 
@@ -216,7 +223,9 @@ def checkpoint(block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     def backward(dy: Array) -> list[Array | None]:
         leaves = [Tensor(x.data, requires_grad=x.requires_grad) for x in inputs]
         with _grad_mode(True):
-            block(*leaves).backward(dy)
+            again = block(*leaves)
+            if again.requires_grad:
+                again.backward(dy)
         return [leaf.grad for leaf in leaves]
 
     out = Tensor(y.data, requires_grad=True)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from minidiff.backend import to_numpy
 from minidiff.checkpoint import FILE, load_checkpoint, save_checkpoint
 from minidiff.config import Config, config_from_dict, config_to_dict, config_to_toml
 from minidiff.data import Dataset, open_data
@@ -80,6 +81,10 @@ def _state(config: Config, words: Any, image_shape: Any, seed: int | None) -> Tr
         model = TextToImage(config.unet, config.text, config.diffusion, words, tuple(image_shape), seed)
     except ValueError as e:
         raise UserError(str(e)) from e
+    try:
+        model.to(config.train.device)
+    except ValueError as e:
+        raise UserError(f"train.device: {e}") from e
     model.unet.checkpointing = config.train.checkpointing
     c = config.train
     optimizer = AdamW(
@@ -106,21 +111,25 @@ def load_state(path: Path) -> TrainState:
     parts, about = load_checkpoint(path)
     state = _state(config_from_dict(about["config"], str(path)), about["words"], about["image_shape"], seed=None)
     o = state.optimizer
-    for arrays in parts.values():
-        _load(state.model, arrays, path)
-    state.model.load(parts["model"])
-    o.ema, o.m, o.v = parts["ema"], parts["adamw.m"], parts["adamw.v"]
+    for arrays in (parts["ema"], parts["adamw.m"], parts["adamw.v"], parts["model"]):
+        _load(state.model, arrays, path)  # each must fit; the model's own stay
+    state.model.to(state.config.train.device)
+    xp = state.model.array_module
+    o.ema, o.m, o.v = ({k: xp.asarray(v) for k, v in parts[p].items()} for p in ("ema", "adamw.m", "adamw.v"))
     o.step_number, state.seconds = about["step"], about["seconds"]
     return state
 
 
-def load_model(run: str | Path, weights: str = "ema") -> tuple[TextToImage, Config]:
+def load_model(run: str | Path, weights: str = "ema", device: str = "cpu") -> tuple[TextToImage, Config]:
     """The model of a run folder (or checkpoint file), with its averaged ("ema") or raw ("model") weights."""
     path = Path(run)
     path = path / FILE if path.is_dir() or not path.suffix else path
     parts, about = load_checkpoint(path, (weights,))
-    state = _state(config_from_dict(about["config"], str(path)), about["words"], about["image_shape"], seed=None)
+    config = config_from_dict(about["config"], str(path))
+    config = replace(config, train=replace(config.train, device=device))
+    state = _state(config, about["words"], about["image_shape"], seed=None)
     _load(state.model, parts[weights], path)
+    state.model.to(device)
     return state.model, state.config
 
 
@@ -167,7 +176,7 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
                 raise UserError(_not_finite(state.step + 1, loss, grads))
             factor = clip_factor(norm, c.clip)
             if factor < 1:
-                grads = {name: g * np.asarray(factor, g.dtype) for name, g in grads.items()}
+                grads = {name: g * factor for name, g in grads.items()}
             lr = learning_rate(state.step + 1, state.config.train.steps, c.lr, c.warmup)
             state.optimizer.step(lr, grads)
             seconds = time.perf_counter() - started
@@ -190,7 +199,7 @@ def loss_and_gradients(model: TextToImage, batches: list[Batch]) -> tuple[float,
 
 
 def _not_finite(step: int, loss: float, grads: dict[str, Any]) -> str:
-    bad = [name for name, g in grads.items() if not np.isfinite(g).all()]
+    bad = [name for name, g in grads.items() if not np.isfinite(to_numpy(g)).all()]
     where = f"; the gradient of {bad[0]} and {len(bad) - 1} others is not finite" if bad else ""
     return (
         f"step {step}: the loss is {loss}{where}. The parameters of step {step - 1} are kept; "
@@ -222,7 +231,8 @@ def fit(state: TrainState, folder: Path, on_sample: Callable[[TrainState, Path],
                 bar.update()
                 bar.set_postfix_str(f"loss {record.loss:.4f}, {record.images_per_second:.0f} images/s", refresh=False)
                 if state.config.train.minutes and record.step == calibration_step(state.config):
-                    set_steps_from_minutes(state, folder)
+                    set_steps_from_minutes(state)
+                    (folder / "config.toml").write_text(config_to_toml(state.config))
                     bar.total = state.config.train.steps
                 if record.step % state.config.train.save_every == 0 or stop:
                     save_state(state, folder / FILE)
@@ -246,11 +256,10 @@ def calibration_step(config: Config) -> int:
     return min(30, config.train.warmup)
 
 
-def set_steps_from_minutes(state: TrainState, folder: Path) -> None:
+def set_steps_from_minutes(state: TrainState) -> None:
     """Replace `minutes` by the number of steps that fit into them at the speed measured so far."""
     steps = max(state.config.train.warmup + 1, int(60 * state.config.train.minutes / (state.seconds / state.step)))
     state.config = replace(state.config, train=replace(state.config.train, steps=steps, minutes=0.0))
-    (folder / "config.toml").write_text(config_to_toml(state.config))
 
 
 def keep_log_until(path: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""The project-wide test set-up: the option --require-torch, one run of each op test for every kind of kernels."""
+"""The project-wide set-up: the option --require-torch, one run of each op test for every kind of kernels."""
 
 import helpers
 import numpy as np

@@ -13,12 +13,13 @@ pytestmark = pytest.mark.usefixtures("kernels_kind")
 
 def formula(q, k, v, bias=0.0, heads=1, scale=None, mask=None, causal=False):
     B, Lq, Lk, d, dv = *q.shape[:2], k.shape[1], q.shape[2] // heads, v.shape[2] // heads
+    scale = scale or 1 / math.sqrt(d)
     bias = np.broadcast_to(bias, (B, heads, Lq, Lk))
     y = np.empty((B, Lq, heads * dv))
     for b, h, i in np.ndindex(B, heads, Lq):
         seen = [j for j in range(Lk) if (mask is None or mask[b, j]) and (not causal or j <= i)]
         here = slice(h * d, (h + 1) * d)
-        scores = [q[b, i, here] @ k[b, j, here] * (scale or 1 / math.sqrt(d)) + bias[b, h, i, j] for j in seen]
+        scores = [q[b, i, here] @ k[b, j, here] * scale + bias[b, h, i, j] for j in seen]
         weights = np.exp(np.array(scores) - max(scores))
         y[b, i, h * dv : (h + 1) * dv] = weights / weights.sum() @ v[b, seen, h * dv : (h + 1) * dv]
     return y
@@ -36,7 +37,7 @@ def check(rng, B, Lq, Lk, D, Dv, bias=None, **options):
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3])
-@pytest.mark.parametrize("B, Lq, Lk", [(1, 1, 1), (2, 3, 5), (2, 5, 3), (1, 7, 1), (0, 3, 3)])
+@pytest.mark.parametrize("B, Lq, Lk", [(1, 1, 1), (2, 3, 5), (2, 5, 3), (1, 7, 1), (1, 33, 67), (0, 3, 3)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention(heads, B, Lq, Lk, causal, rng):
     check(rng, B, Lq, Lk, 3 * heads, 5 * heads, heads=heads, causal=causal)

@@ -18,13 +18,15 @@ def test_defaults_need_no_preset():
     assert config_from_dict({}, "nothing") == Config()
 
 
-def test_every_setting_has_help_and_takes_a_string():
+def test_every_setting_has_help_and_takes_a_string(tmp_path):
+    path = tmp_path / "empty.toml"
+    path.write_text("")
     for section, kind in SECTIONS.items():
         for f in dataclasses.fields(kind):
             assert f.metadata["help"], (section, f.name)
             value = f.default
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            config = load_config("shapes", {f"{section}.{f.name}": text})
+            config = load_config(str(path), {f"{section}.{f.name}": text})
             assert getattr(getattr(config, section), f.name) == value
 
 

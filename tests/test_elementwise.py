@@ -20,7 +20,13 @@ BROADCAST = [
     ((0, 3), (3,)),
 ]
 BINARY = [(ops.add, np.add), (ops.sub, np.subtract), (ops.mul, np.multiply), (ops.div, np.divide)]
-UNARY = [(ops.neg, np.negative), (ops.exp, np.exp), (ops.log, np.log), (ops.sqrt, np.sqrt), (ops.tanh, np.tanh)]
+UNARY = [
+    (ops.neg, np.negative),
+    (ops.exp, np.exp),
+    (ops.log, np.log),
+    (ops.sqrt, np.sqrt),
+    (ops.tanh, np.tanh),
+]
 
 
 def away_from_zero(rng, shape):

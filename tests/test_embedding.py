@@ -29,10 +29,10 @@ def test_a_row_looked_up_twice_gets_both_gradients():
 
 @pytest.mark.parametrize("ids", [[-1], [0, 4]])
 def test_ids_outside_the_table(ids):
-    with pytest.raises(IndexError, match="embedding.*4 rows"):
+    with pytest.raises(IndexError, match=r"embedding.*4 rows"):
         ops.embedding(np.array(ids), Tensor(np.zeros((4, 2))))
 
 
 def test_ids_that_are_not_integers():
-    with pytest.raises(TypeError, match="embedding.*integers.*float64"):
+    with pytest.raises(TypeError, match=r"embedding.*integers.*float64"):
         ops.embedding(np.zeros(3), Tensor(np.zeros((4, 2))))

@@ -16,11 +16,11 @@ def formula(x, gamma, beta, eps=1e-5):
     return y
 
 
-@pytest.mark.parametrize("shape", [(7,), (5, 2), (0, 3), (3, 5, 17), (2, 1, 3, 9)])
+@pytest.mark.parametrize("shape", [(7,), (5, 2), (0, 3), (3, 5, 17), (2, 1, 3, 9), (3, 257)])
 @pytest.mark.parametrize("eps", [1e-5, 0.1])
 def test_layer_norm(shape, eps, rng):
-    x, gamma, beta = rng.standard_normal(shape), rng.standard_normal(shape[-1]), rng.standard_normal(shape[-1])
-    check_op(lambda *a: ops.layer_norm(*a, eps), lambda *a: formula(*a, eps), x + 0.5, gamma, beta)
+    x, (gamma, beta) = rng.standard_normal(shape) + 0.5, rng.standard_normal((2, shape[-1]))
+    check_op(lambda *a: ops.layer_norm(*a, eps), lambda *a: formula(*a, eps), x, gamma, beta)
 
 
 def test_one_channel_is_all_mean(rng):
@@ -33,5 +33,5 @@ def test_one_channel_is_all_mean(rng):
 
 def test_a_large_offset(rng):
     """mean(x^2) - mean(x)^2 would be noise here; two passes lose only the rounding of the mean."""
-    x, gamma, beta = rng.integers(-8, 9, (5, 17)) / 4 + 1e4, rng.standard_normal(17), rng.standard_normal(17)
+    x, (gamma, beta) = rng.integers(-8, 9, (5, 17)) / 4 + 1e4, rng.standard_normal((2, 17))
     check_op(ops.layer_norm, formula, x, gamma, beta, condition=100, dtypes=("float32",))

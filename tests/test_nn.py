@@ -1,4 +1,4 @@
-"""Modules find their parameters, draw their first values from the seed alone, and refuse weights that do not fit."""
+"""Modules find their parameters, draw them from the seed alone, and refuse weights that do not fit."""
 
 import math
 import re
@@ -144,7 +144,7 @@ TOLD = {
 def test_load_names_what_does_not_fit_in_one_sentence_and_changes_nothing(faults):
     net = Net().initialise(1)
     before = {name: array.copy() for name, array in net.state().items()}
-    with pytest.raises(ValueError, match="^run/model.safetensors do not fit the model") as caught:
+    with pytest.raises(ValueError, match=r"^run/model\.safetensors do not fit the model") as caught:
         net.load(_faulty(*faults), source="run/model.safetensors")
     message = str(caught.value)
     assert "\n" not in message

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,6 @@ def test_learning_rate_rises_then_falls():
     rates = [learning_rate(n, 100, 1.0, 10) for n in range(1, 101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == 1.0 == max(rates)
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[9:]))
     assert rates[-1] == pytest.approx(0, abs=1e-12)
     assert rates[54] == pytest.approx(0.5)  # half-way down the cosine

@@ -22,8 +22,18 @@ def images(*shape):
 
 
 def scores(n):
-    return [{"minutes": 2.0 * i, "step": 10 * i, "colours": 1 - 0.5 ** i, "shapes": 1 - 0.52 ** i,
-             "sizes": 1 - 0.49 ** i, "relation": None if i == 1 else 0.9, "all_right": 0.0} for i in range(n)]
+    return [
+        {
+            "minutes": 2.0 * i,
+            "step": 10 * i,
+            "colours": 1 - 0.5**i,
+            "shapes": 1 - 0.52**i,
+            "sizes": 1 - 0.49**i,
+            "relation": None if i == 1 else 0.9,
+            "all_right": 0.0,
+        }
+        for i in range(n)
+    ]
 
 
 def log(n, loss=0.1):
@@ -40,8 +50,9 @@ FIGURES = {
     "loss": lambda: plotting.loss_curve({"one": log(300), "two": log(200, 0.101)}, x="images", title="Loss"),
     "one loss": lambda: plotting.loss_curve({"one": log(1)}),
     "scores": lambda: plotting.score_curve(scores(9), {"colours": 0.25, "shapes": 0.25, "all_right": 0.01}),
-    "schedule": lambda: plotting.schedule_plot({"cosine": np.cos(np.linspace(0, np.pi / 2, 101)) ** 2,
-                                                "linear": np.linspace(1, 0, 101)}),
+    "schedule": lambda: plotting.schedule_plot(
+        {"cosine": np.cos(np.linspace(0, np.pi / 2, 101)) ** 2, "linear": np.linspace(1, 0, 101)}
+    ),
     "lines": lambda: plotting.line_plot({f"line {i}": ([0, 1], [0, 1e-3 * i]) for i in range(9)}, "x", "y"),
 }
 
@@ -95,7 +106,7 @@ def test_each_pixel_is_a_crisp_square(n, columns, tmp_path):
     page = np.asarray(Image.open(path).convert("RGB"))
     scale = 320 // 32 if n < 64 else 192 // 32
     first = plotting.to_uint8(batch[0]).repeat(scale, axis=0).repeat(scale, axis=1)
-    np.testing.assert_array_equal(page[24:24 + 32 * scale, 24:24 + 32 * scale], first)
+    np.testing.assert_array_equal(page[24 : 24 + 32 * scale, 24 : 24 + 32 * scale], first)
 
 
 def test_to_uint8_values_shapes_and_dtype():
@@ -114,30 +125,33 @@ def with_one_bad_value(value):
     return batch
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: plotting.to_uint8(np.zeros((3, 32, 32))), r"\(3, 32, 32\)"),
-    (lambda: plotting.to_uint8(np.zeros((8, 3))), r"\(8, 3\)"),
-    (lambda: plotting.to_uint8(np.zeros((8, 8, 3), np.uint8)), "uint8"),
-    (lambda: plotting.to_uint8(with_one_bad_value(np.inf)), "not finite"),
-    (lambda: plotting.image_grid(with_one_bad_value(np.nan)), "not finite"),
-    (lambda: plotting.image_grid(images(0)), "B >= 1"),
-    (lambda: plotting.image_grid(images()), "B >= 1"),
-    (lambda: plotting.image_grid(images(2), ["one"]), "captions"),
-    (lambda: plotting.image_grid(images(2), verdicts=[True] * 3), "verdicts"),
-    (lambda: plotting.image_grid(images(2), columns=0), "columns"),
-    (lambda: plotting.filmstrip(with_one_bad_value(np.nan), images(2), [1, 0], ""), "not finite"),
-    (lambda: plotting.filmstrip(images(2), images(1), [1, 0], ""), "filmstrip needs"),
-    (lambda: plotting.guidance_sweep(images(2, 3), ["a"], [1, 2, 3]), r"\(1, 3\)"),
-    (lambda: plotting.guidance_sweep(images(1, 2), ["a"], [1, 2], [True, False]), "verdicts"),
-    (lambda: plotting.loss_curve({"a": log(3)}, x="epochs"), "epochs"),
-    (lambda: plotting.loss_curve({"a": [{"step": 1, "loss": 1.0}]}, x="minutes"), "minutes"),
-    (lambda: plotting.loss_curve({"a": []}), "no finite loss"),
-    (lambda: plotting.score_curve([{"minutes": 1, "loss": 1}]), "no record"),
-    (lambda: plotting.score_curve([{"minutes": 1, "colours": 93}]), "0..1"),
-    (lambda: plotting.score_curve([{"minutes": 1, "colours": np.nan}]), "0..1"),
-    (lambda: plotting.schedule_plot({"a": [1.0, 1.5]}), "'a'"),
-    (lambda: plotting.line_plot({"a": ([1], [np.nan])}, "x", "y"), "finite"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: plotting.to_uint8(np.zeros((3, 32, 32))), r"\(3, 32, 32\)"),
+        (lambda: plotting.to_uint8(np.zeros((8, 3))), r"\(8, 3\)"),
+        (lambda: plotting.to_uint8(np.zeros((8, 8, 3), np.uint8)), "uint8"),
+        (lambda: plotting.to_uint8(with_one_bad_value(np.inf)), "not finite"),
+        (lambda: plotting.image_grid(with_one_bad_value(np.nan)), "not finite"),
+        (lambda: plotting.image_grid(images(0)), "B >= 1"),
+        (lambda: plotting.image_grid(images()), "B >= 1"),
+        (lambda: plotting.image_grid(images(2), ["one"]), "captions"),
+        (lambda: plotting.image_grid(images(2), verdicts=[True] * 3), "verdicts"),
+        (lambda: plotting.image_grid(images(2), columns=0), "columns"),
+        (lambda: plotting.filmstrip(with_one_bad_value(np.nan), images(2), [1, 0], ""), "not finite"),
+        (lambda: plotting.filmstrip(images(2), images(1), [1, 0], ""), "filmstrip needs"),
+        (lambda: plotting.guidance_sweep(images(2, 3), ["a"], [1, 2, 3]), r"\(1, 3\)"),
+        (lambda: plotting.guidance_sweep(images(1, 2), ["a"], [1, 2], [True, False]), "verdicts"),
+        (lambda: plotting.loss_curve({"a": log(3)}, x="epochs"), "epochs"),
+        (lambda: plotting.loss_curve({"a": [{"step": 1, "loss": 1.0}]}, x="minutes"), "minutes"),
+        (lambda: plotting.loss_curve({"a": []}), "no finite loss"),
+        (lambda: plotting.score_curve([{"minutes": 1, "loss": 1}]), "no record"),
+        (lambda: plotting.score_curve([{"minutes": 1, "colours": 93}]), "0..1"),
+        (lambda: plotting.score_curve([{"minutes": 1, "colours": np.nan}]), "0..1"),
+        (lambda: plotting.schedule_plot({"a": [1.0, 1.5]}), "'a'"),
+        (lambda: plotting.line_plot({"a": ([1], [np.nan])}, "x", "y"), "finite"),
+    ],
+)
 def test_errors_say_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call()
@@ -187,9 +201,11 @@ def test_notebooks_get_a_png_with_alt_text():
 
 
 def test_no_display_and_no_pyplot(tmp_path):
-    code = ("import sys, numpy; from minidiff import plotting as p; "
-            "p.save(p.image_grid(numpy.zeros((2, 8, 8, 3)), ['a', 'b']), sys.argv[1]); "
-            "assert 'matplotlib.pyplot' not in sys.modules")
+    code = (
+        "import sys, numpy; from minidiff import plotting as p; "
+        "p.save(p.image_grid(numpy.zeros((2, 8, 8, 3)), ['a', 'b']), sys.argv[1]); "
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
     display = ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")
     environment = {k: v for k, v in os.environ.items() if k not in display}
     root = Path(plotting.__file__).parents[1]

@@ -1,4 +1,4 @@
-"""Philox against the published vectors; the numbers as a pure function of (seed, sample, step, purpose, element)."""
+"""Philox against the published vectors; a number depends on (seed, sample, step, purpose, element) alone."""
 
 import math
 
@@ -102,7 +102,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("other", OTHERS, ids=str)
 def test_other_streams_are_uncorrelated(other):
-    """|r| < 4.5 / sqrt(n): chance exceeds it once in 150,000. The squares and a shift by one are looked at too."""
+    """|r| < 4.5 / sqrt(n), which chance exceeds once in 150,000; for the numbers and their squares."""
     a, b = one(), one(**other)
     assert (a == b).mean() < 1e-3
     for f in (lambda x: x, np.square):
@@ -140,7 +140,13 @@ def test_numbers_across_samples_and_steps_are_normal():
 
 @pytest.mark.parametrize(
     "fault",
-    [lambda x: x * 1.02, lambda x: x + 0.02, np.abs, lambda x: x + 0.1 * (x**2 - 1), lambda x: np.clip(x, -2, 2)],
+    [
+        lambda x: x * 1.02,
+        lambda x: x + 0.02,
+        np.abs,
+        lambda x: x + 0.1 * (x**2 - 1),
+        lambda x: np.clip(x, -2, 2),
+    ],
 )
 def test_the_check_of_normality_notices(fault):
     with pytest.raises(AssertionError):
@@ -148,7 +154,8 @@ def test_the_check_of_normality_notices(fault):
 
 
 def test_normal_is_finite_for_every_word(monkeypatch):
-    edges = [0, 1, 2, 127, 128, 2**24, 2**30, 2**31 - 1, 2**31, 2**32 - 257, 2**32 - 129, 2**32 - 128, 2**32 - 1]
+    top = 2**32
+    edges = [0, 1, 2, 127, 128, 2**24, 2**30, 2**31 - 1, 2**31, top - 257, top - 129, top - 128, top - 1]
     words = np.array([(a, b) for a in edges for b in edges], np.uint64).reshape(1, -1)
     monkeypatch.setattr(random, "_words", lambda *args: words)
     with np.errstate(all="raise"):
@@ -175,7 +182,8 @@ def test_uniform_is_in_0_1(monkeypatch):
     assert low == 0 and high == 1 - 2**-32
 
 
-def test_a_negative_seed_is_refused():
+@pytest.mark.parametrize("seed, sample, step", [(-1, 0, 0), (2**64, 0, 0), (0, 2**32, 0), (0, 0, 2**32), (0, -1, 0)])
+def test_numbers_beyond_the_counter_are_refused(seed, sample, step):
     for draw in (uniform, normal):
-        with pytest.raises(ValueError, match="seed must not be negative"):
-            draw(-1, [0], 0, Purpose.START_NOISE, 4 if draw is uniform else (4,))
+        with pytest.raises(ValueError, match=r"must be in 0\.\.2"):
+            draw(seed, [sample], step, Purpose.START_NOISE, 4 if draw is uniform else (4,))

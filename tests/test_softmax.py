@@ -14,7 +14,7 @@ def formula(x):
     return e / e.sum(axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("shape", [(1,), (7,), (0, 3), (5, 1), (3, 5, 17)])
+@pytest.mark.parametrize("shape", [(1,), (7,), (0, 3), (5, 1), (3, 5, 17), (3, 257)])
 def test_softmax(shape, rng):
     check_op(ops.softmax, formula, 2 * rng.standard_normal(shape))
 

@@ -169,6 +169,11 @@ def start(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+
+
 def flags(**changes):
     settings = {**TINY, **{k.replace("__", "."): str(v) for k, v in changes.items()}}
     return [f"--{k}={v}" for k, v in settings.items()]
@@ -188,7 +193,7 @@ def test_kill_9_at_random_moments_loses_only_the_steps_since_the_checkpoint(tmp_
     steps, every = 60, 5
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = start("shapes", "--out", whole, *flags(train__steps=steps, train__save_every=every))
-    assert process.wait(120) == 0, process.communicate()
+    finish(process)
 
     moments = random.Random(0)
     arguments = ["shapes", "--out", killed, *flags(train__steps=steps, train__save_every=every)]
@@ -203,7 +208,7 @@ def test_kill_9_at_random_moments_loses_only_the_steps_since_the_checkpoint(tmp_
         assert load_state(killed / FILE).step >= min(logged, steps) - every
         arguments = ["--resume", killed]
     process = start("--resume", killed)
-    assert process.wait(120) == 0, process.communicate()
+    finish(process)
     assert same_bits(load_state(whole / FILE), load_state(killed / FILE))
     assert [r["loss"] for r in read_log(whole)] == [r["loss"] for r in read_log(killed)]
 

@@ -168,7 +168,12 @@ def draw_scenes(n: int, rng: np.random.Generator, split: str = "train", objects:
     centres = np.where(single[:, None, None], _scatter(reach, rng), _place_pairs(reach, rng))
     columns = (column.tolist() for column in (types, sizes, centres, radii, single))
     return [
-        Scene(tuple(Object(TYPES[t[i]][0], TYPES[t[i]][1], SIZES[s[i]], c[i][0], c[i][1], r[i]) for i in range(1 if alone else 2)))
+        Scene(
+            tuple(
+                Object(TYPES[t[i]][0], TYPES[t[i]][1], SIZES[s[i]], c[i][0], c[i][1], r[i])
+                for i in range(1 if alone else 2)
+            )
+        )
         for t, s, c, r, alone in zip(*columns, strict=True)
     ]
 

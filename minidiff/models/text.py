@@ -26,7 +26,7 @@ class TextEncoderConfig:
     heads: int = field(default=4, metadata={"help": "attention heads"})
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
+        if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"text.width: {self.width} does not divide into {self.heads} heads")
 
 

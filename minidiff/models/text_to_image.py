@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,8 @@ class TextToImage(Module):
     ):
         H, W, C = image_shape
         p = diffusion.patch
+        if H % p or W % p:
+            raise ValueError(f"diffusion.patch: images of {H}x{W} do not divide into patches of {p}x{p}")
         channels = p * p * C
         self.tokenizer = WordTokenizer(words)
         self.schedule = SCHEDULES[diffusion.schedule](diffusion.T)
@@ -93,16 +96,22 @@ class TextToImage(Module):
         """The inverse of `encode`."""
         return depth_to_space(x, self.diffusion.patch)
 
+    @property
+    def array_module(self) -> ModuleType:
+        """numpy or cupy: where the parameters are, and arrays must be."""
+        return array_module(self.text_encoder.token_embedding.weight.data)
+
     def condition(self, captions: Sequence[str]) -> tuple[Tensor, Array]:
         """Captions -> cond = (tokens (B, L, D), mask (B, L)); "" is the unconditional input."""
         ids, mask = self.tokenizer(captions, self.text_encoder.config.context)
-        xp = array_module(self.text_encoder.token_embedding.weight.data)
+        xp = self.array_module
         return self.text_encoder(xp.asarray(ids)), xp.asarray(mask)
 
     def loss(self, images: Array, captions: Sequence[str], t: np.ndarray, eps: Array) -> Tensor:
         """The training loss: images (B, H, W, C), their captions, t (B,) in 1..T, noise eps (B, *latent_shape)."""
-        cond, d = self.condition(captions), self.diffusion
-        return denoising_loss(self.unet, self.encode(images), t, eps, cond, self.schedule, d.prediction)
+        xp, prediction = self.array_module, self.diffusion.prediction
+        x0, cond = self.encode(xp.asarray(images)), self.condition(captions)
+        return denoising_loss(self.unet, x0, t, xp.asarray(eps), cond, self.schedule, prediction)
 
     def forward(self, x_t: Array, t: Array, cond: Any) -> Array:
         """eps_theta(x_t, t, cond), an array like x_t (B, *latent_shape)."""

@@ -58,6 +58,8 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
+        if levels < 1 or min(*self.channels, *self.heads, self.norm_groups, self.blocks) < 1:
+            raise ValueError("unet needs a level, and channels, heads, norm_groups and blocks of at least 1")
         for name in ("attention", "heads", "transformer_layers"):
             if len(getattr(self, name)) != levels:
                 raise ValueError(f"unet.{name} has {len(getattr(self, name))} entries for {levels} levels")
@@ -330,10 +332,11 @@ class UNet(Module):
     def forward(self, x_t: Tensor | Array, t: Array | int, cond: Any = None) -> Tensor:
         """x_t (B, H, W, in_channels), t (B,) or a number, cond (tokens, mask) or None -> (B, H, W, out_channels)."""
         x = as_tensor(x_t)
-        self._check(x)
         xp = array_module(x.data)
+        t = xp.asarray(t)
+        self._check(x, t)
         tokens, mask = (None, None) if cond is None else (as_tensor(cond[0]), cond[1])
-        emb = ops.silu(self.time_embedding(xp.broadcast_to(xp.asarray(t), x.shape[:1])))
+        emb = ops.silu(self.time_embedding(xp.broadcast_to(t, x.shape[:1])))
         run = _checkpointed if self.checkpointing else _plainly
 
         x = self.conv_in(x)
@@ -345,12 +348,14 @@ class UNet(Module):
             x = up(x, skips, emb, tokens, mask, run)
         return self.conv_out(self.conv_norm_out(x))
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, t: Array) -> None:
         stride = 2 ** (len(self.config.channels) - 1)
         if x.ndim != 4 or x.shape[3] != self.config.in_channels or x.shape[1] % stride or x.shape[2] % stride:
             raise ValueError(
                 f"UNet: wanted x_t (B, H, W, {self.config.in_channels}), H and W divisible by {stride}; got {x.shape}"
             )
+        if t.shape not in ((), (1,), x.shape[:1]):
+            raise ValueError(f"UNet: wanted one t, or one a sample {x.shape[:1]}, got {t.shape}")
 
 
 def _plainly(block: Module, *inputs: Any) -> Tensor:

@@ -29,9 +29,11 @@ __all__ = [
 _METHODS = {
     "__add__": add, "__radd__": add, "__sub__": sub, "__rsub__": lambda a, b: sub(b, a),
     "__mul__": mul, "__rmul__": mul, "__truediv__": div, "__rtruediv__": lambda a, b: div(b, a),
-    "__neg__": neg, "__pow__": power, "__matmul__": matmul, "__getitem__": index,
+    "__matmul__": matmul, "__rmatmul__": lambda a, b: matmul(b, a),
+    "__neg__": neg, "__pow__": power, "__getitem__": index,
     "sum": sum, "mean": mean, "max": max,
-    "reshape": lambda x, *shape: reshape(x, shape), "transpose": lambda x, *axes: transpose(x, axes),
+    "reshape": lambda x, *shape: reshape(x, shape[0] if shape and isinstance(shape[0], tuple) else shape),
+    "transpose": lambda x, *axes: transpose(x, axes),
 }  # fmt: skip
 for _name, _method in _METHODS.items():
     setattr(Tensor, _name, _method)

@@ -76,12 +76,12 @@ def attention(
     scale: 1 / sqrt(D / heads) unless given.
     bias:  added to the scores, anything that broadcasts to (B, heads, Lq, Lk).
     mask:  booleans (B, Lk), False for keys that nobody may see (padding); every row keeps at least one True.
-    causal: query i sees keys 0..i only.
+    causal: query i sees keys 0..i only. A query that is left with no key at all gets NaN.
     """
     q, k, v = as_tensor(q), as_tensor(k), as_tensor(v)
-    _check_shapes(q, k, v, heads, mask)
-    xp = array_module(q.data)
     bias = None if bias is None else as_tensor(bias)
+    _check_shapes(q, k, v, heads, bias, mask)
+    xp = array_module(q.data)
     added = None if bias is None else bias.data
     if mask is not None:
         hidden = xp.where(mask, 0, -xp.inf).astype(q.dtype)[:, None, None, :]
@@ -97,12 +97,17 @@ def attention(
     return record("attention", y, (q, k, v) if bias is None else (q, k, v, bias), backward)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Array | None) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None, mask: Array | None) -> None:
     if not (q.ndim == k.ndim == v.ndim == 3) or q.shape[::2] != k.shape[::2] or k.shape[:2] != v.shape[:2]:
         raise ValueError(
             f"attention: wanted q (B, Lq, D), k (B, Lk, D), v (B, Lk, Dv); got {q.shape}, {k.shape}, {v.shape}"
         )
     if q.shape[-1] % heads or v.shape[-1] % heads:
         raise ValueError(f"attention: widths {q.shape[-1]} and {v.shape[-1]} do not split into {heads} heads")
+    scores = (q.shape[0], heads, q.shape[1], k.shape[1])
+    if bias is not None and (
+        bias.ndim > 4 or any(m not in (1, n) for m, n in zip(bias.shape[::-1], scores[::-1], strict=False))
+    ):
+        raise ValueError(f"attention: bias {bias.shape} does not broadcast to (B, heads, Lq, Lk) = {scores}")
     if mask is not None and (mask.dtype != bool or mask.shape != k.shape[:2]):
         raise ValueError(f"attention: mask must be booleans of shape {k.shape[:2]}, got {mask.dtype} {mask.shape}")

@@ -76,7 +76,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     padding: zeros around the image, one number or ((top, bottom), (left, right)).
     H_out = (H + top + bottom - kh) // stride + 1. Raises ValueError on shapes that do not fit.
     """
-    x = as_tensor(x)
+    x, weight, bias = as_tensor(x), as_tensor(weight), None if bias is None else as_tensor(bias)
+    if stride < 1:
+        raise ValueError(f"conv2d: the stride must be at least 1, got {stride}")
     sides: Sides = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
     if x.ndim != 4 or weight.ndim != 4 or x.shape[3] != weight.shape[2]:
         raise ValueError(

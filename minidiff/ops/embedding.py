@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minidiff.backend import Array, array_module, kernel
-from minidiff.tensor import Tensor, record
+from minidiff.tensor import Tensor, as_tensor, record
 
 
 @kernel
@@ -23,6 +23,7 @@ def embedding_backward(dy: Array, ids: Array, rows: int) -> Array:
 
 def embedding(ids: Array, table: Tensor) -> Tensor:
     """Rows of table (V, D) for an integer array ids (...) -> (..., D). Raises IndexError outside [0, V)."""
+    table = as_tensor(table)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"embedding: ids must be integers, got {ids.dtype}")
     if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= table.shape[0]):

@@ -7,6 +7,8 @@ Wu and He 2018, arXiv 1803.08494.
 
 from __future__ import annotations
 
+import math
+
 from minidiff.backend import Array, array_module, kernel
 from minidiff.ops.layernorm import wide
 from minidiff.ops.silu import silu_backward, silu_forward
@@ -57,13 +59,13 @@ def group_norm_backward(
 
 def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float = 1e-5, silu: bool = False) -> Tensor:
     """Normalise x (B, ..., C) in groups of channels over all positions; gamma and beta (C,); then SiLU if asked."""
-    x = as_tensor(x)
+    x, gamma, beta = as_tensor(x), as_tensor(gamma), as_tensor(beta)
     C = x.shape[-1]
     if x.ndim < 2 or C % groups:
         raise ValueError(f"group_norm: the {C} channels of x {x.shape} do not split into {groups} groups")
     if gamma.shape != (C,) or beta.shape != (C,):
         raise ValueError(f"group_norm: gamma {gamma.shape} and beta {beta.shape} do not fit x {x.shape}")
-    flat = x.data.reshape(x.shape[0], -1, C)
+    flat = x.data.reshape(x.shape[0], math.prod(x.shape[1:-1]), C)
     y, mean, rstd = group_norm_forward(flat, gamma.data, beta.data, groups, eps, silu)
 
     def backward(dy: Array) -> tuple[Array, Array, Array]:

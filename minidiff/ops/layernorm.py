@@ -44,7 +44,7 @@ def layer_norm_backward(dy: Array, x: Array, gamma: Array, mean: Array, rstd: Ar
 
 def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalise x (..., D) over its last axis; gamma and beta (D,)."""
-    x = as_tensor(x)
+    x, gamma, beta = as_tensor(x), as_tensor(gamma), as_tensor(beta)
     if gamma.shape != x.shape[-1:] or beta.shape != x.shape[-1:]:
         raise ValueError(f"layer_norm: gamma {gamma.shape} and beta {beta.shape} do not fit x {x.shape}")
     y, mean, rstd = layer_norm_forward(x.data, gamma.data, beta.data, eps)

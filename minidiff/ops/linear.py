@@ -26,7 +26,7 @@ def linear_backward(dy: Array, x: Array, w: Array, needs_dx: bool) -> tuple[Arra
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W + b over the last axis: x (..., D_in), weight (D_in, D_out), bias (D_out,) or None."""
-    x = as_tensor(x)
+    x, weight, bias = as_tensor(x), as_tensor(weight), None if bias is None else as_tensor(bias)
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[0]:
         raise ValueError(
             f"linear: x {x.shape} does not fit weight {weight.shape}; wanted (..., D_in) and (D_in, D_out)"

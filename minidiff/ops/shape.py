@@ -31,8 +31,11 @@ def transpose(x: Tensor, axes: Sequence[int]) -> Tensor:
 
 def concat(xs: Sequence[Tensor], axis: int = -1) -> Tensor:
     """Tensors side by side along one axis; all other axes must agree."""
-    axis %= xs[0].ndim
+    xs = [as_tensor(x) for x in xs]
     shapes = [x.shape for x in xs]
+    if not -len(shapes[0]) <= axis < len(shapes[0]):
+        raise ValueError(f"concat: axis {axis} is not one of shape {shapes[0]}")
+    axis %= len(shapes[0])
     if len({(*s[:axis], *s[axis + 1 :]) for s in shapes}) != 1 or len({len(s) for s in shapes}) != 1:
         raise ValueError(f"concat: shapes {shapes} differ in more than axis {axis}")
     xp = array_module(xs[0].data)

@@ -14,12 +14,15 @@ SPECIAL = (PAD, START, END, UNKNOWN)
 class WordTokenizer:
     """Captions -> token ids. The empty caption, start and end alone, is the unconditional input.
 
-    words: the vocabulary; their ids follow those of the four special tokens, in the order given.
+    words: the vocabulary; their ids follow those of the four special tokens, in the order given. ValueError if one is
+    given twice.
     """
 
     def __init__(self, words: Sequence[str]):
         self.words = tuple(words)
         self.ids = {word: i for i, word in enumerate((*SPECIAL, *words))}
+        if len(self.ids) != len(SPECIAL) + len(self.words):
+            raise ValueError(f"the vocabulary of {len(self.words)} words has a word twice")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -34,6 +37,8 @@ class WordTokenizer:
 
     def __call__(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
         """Captions -> ids int64 (B, length), mask bool (B, length), False on padding; too many words are cut off."""
+        if length < 2:
+            raise ValueError(f"captions need a length of at least 2, for their start and end, got {length}")
         ids = np.full((len(captions), length), self.ids[PAD], dtype=np.int64)
         for row, caption in zip(ids, captions, strict=True):
             words = self.split(caption)[: length - 2]
