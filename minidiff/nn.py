@@ -165,7 +165,7 @@ class LayerNorm(Module):
 class Embedding(Module):
     """A table of V vectors; they begin normal with the given standard deviation."""
 
-    def __init__(self, rows: int, width: int, std: float = 0.02):
+    def __init__(self, rows: int, width: int, std: float):
         self.weight = Parameter((rows, width), ("normal", std))
 
     def forward(self, ids: Array) -> Tensor:

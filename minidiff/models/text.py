@@ -78,8 +78,10 @@ class TextEncoder(Module):
 
     def __init__(self, config: TextEncoderConfig, seed: int | None = 0):
         self.config = config
-        self.token_embedding = Embedding(config.vocabulary, config.width)
-        self.position_embedding = Embedding(config.context, config.width)
+        # Not CLIP's 0.02: beside such small vectors the first layers drown the words, and a short training learns
+        # the text several times slower (docs/recipe.md).
+        self.token_embedding = Embedding(config.vocabulary, config.width, std=1.0)
+        self.position_embedding = Embedding(config.context, config.width, std=1.0)
         self.layers = [EncoderLayer(config.width, config.heads) for _ in range(config.layers)]
         self.final_layer_norm = LayerNorm(config.width)
         if seed is not None:
