@@ -16,20 +16,9 @@ from common import device, results_path, write_json
 from minidiff import plotting
 from minidiff.config import config_to_dict, load_config
 from minidiff.data import open_data
-from minidiff.evaluate import SCORES, Evaluation, evaluate, summary
+from minidiff.evaluate import SCORES, evaluate, summary
 from minidiff.models import parameter_count
-from minidiff.train import TrainState, new_state, set_steps_from_minutes, train
-
-
-def score(state: TrainState, n: int, split: str, **changes: object) -> Evaluation:
-    """The averaged model's scores; the raw weights are put back."""
-    from dataclasses import replace
-
-    raw = state.model.state()
-    state.model.load(state.optimizer.ema)
-    result = evaluate(state.model, replace(state.config.sample, **changes), n, split=split)
-    state.model.load(raw)
-    return result
+from minidiff.train import averaged_weights, new_state, set_steps_from_minutes, train
 
 
 def main() -> None:
@@ -51,7 +40,8 @@ def main() -> None:
         done = log.step == state.config.train.steps
         if marks and (log.minutes >= marks[0] or done):
             marks = [m for m in marks if m > log.minutes]
-            result = score(state, args.n, "test")
+            with averaged_weights(state) as model:
+                result = evaluate(model, config.sample, args.n)
             records.append({"minutes": log.minutes, "images": log.images, "step": log.step, **result.scores})
             print(f"{log.minutes:.1f} minutes, {log.images} images, {time.time() - started:.0f} s\n{summary(result)}")
             record = {

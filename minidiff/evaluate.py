@@ -15,7 +15,7 @@ from minidiff.config import SampleConfig
 from minidiff.data import shapes
 from minidiff.models import TextToImage
 from minidiff.sample import denoise, draw
-from minidiff.train import LOG, TrainState, read_log
+from minidiff.train import LOG, TrainState, averaged_weights, read_log
 
 GUIDANCE_SCALES = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0)
 GRID = 24  # captions in the grid of an evaluation
@@ -99,11 +99,8 @@ def guidance_sweep(model: TextToImage, captions: list[str], settings: SampleConf
 
 def draw_training_grid(state: TrainState, path: Path) -> None:
     """The averaged model's pictures of a few validation captions, during training."""
-    model = state.model
-    raw = model.state()
-    model.load(state.optimizer.ema)
     captions = shapes.held_out_captions(16, 0, "val")
-    images = draw(model, captions, replace(state.config.sample, steps=min(25, state.config.sample.steps)))
-    model.load(raw)
+    with averaged_weights(state) as model:
+        images = draw(model, captions, replace(state.config.sample, steps=min(25, state.config.sample.steps)))
     verdicts = [shapes.compare(r, c).all_right for r, c in zip(shapes.read_scenes(images), captions, strict=True)]
     plotting.save(plotting.image_grid(images, captions, 4, verdicts, title=f"Step {state.step}"), path)

@@ -6,6 +6,7 @@ same machine and thread count, the same bits as one that was never interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -138,6 +139,17 @@ def _load(model: TextToImage, arrays: dict[str, np.ndarray], path: Path) -> None
         model.load(arrays, str(path))
     except ValueError as e:
         raise UserError(str(e)) from e
+
+
+@contextlib.contextmanager
+def averaged_weights(state: TrainState) -> Iterator[TextToImage]:
+    """Inside this block the run's model has its averaged weights."""
+    raw = state.model.state()
+    state.model.load(state.optimizer.ema)
+    try:
+        yield state.model
+    finally:
+        state.model.load(raw)
 
 
 def draw_batch(state: TrainState, data: Dataset, step: int, part: int) -> Batch:

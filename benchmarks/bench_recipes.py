@@ -1,0 +1,106 @@
+"""Which recipe learns `shapes` best in a few minutes on this machine: each is trained for the same time, then scored.
+
+    python benchmarks/bench_recipes.py --minutes 3 [NAME ...]
+
+A recipe is the preset with a few settings changed. Scores are those of validation captions (the test captions are
+kept for the model that is chosen), from the averaged weights, at the best of several guidance scales. Results already
+written are kept: name recipes to measure them again. Writes results/recipes-DEVICE.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from common import results_path, write_json
+
+from minidiff.config import load_config
+from minidiff.data import open_data
+from minidiff.evaluate import SCORES, evaluate
+from minidiff.models import parameter_count
+from minidiff.train import averaged_weights, new_state, set_steps_from_minutes, train
+
+GUIDANCE = (1.0, 2.0, 4.0)
+RECIPES: dict[str, dict[str, str]] = {
+    "preset": {},
+    "eps": {"diffusion.prediction": "eps"},
+    "v": {"diffusion.prediction": "v"},
+    "cosine schedule": {"diffusion.schedule": "cosine"},
+    "16x16, patch 2": {"data.size": "16", "diffusion.patch": "2"},
+    "patch 2": {"diffusion.patch": "2"},
+    "wider: 48, 96": {"unet.channels": "48,96"},
+    "three levels: 32, 64, 96": {
+        "unet.channels": "32,64,96",
+        "unet.attention": "none,cross,cross",
+        "unet.heads": "4,4,4",
+        "unet.transformer_layers": "1,1,1",
+    },
+    "two transformer layers": {"unet.transformer_layers": "1,2"},
+    "attention at 8x8 too": {"unet.attention": "cross,cross"},
+    "text width 128": {"text.width": "128"},
+    "lr 1e-3": {"train.lr": "1e-3"},
+    "lr 4e-3": {"train.lr": "4e-3"},
+    "batch 16": {"train.batch": "16"},
+    "batch 64": {"train.batch": "64"},
+    "EMA 0.99": {"train.ema_decay": "0.99"},
+    "EMA 0.9999": {"train.ema_decay": "0.9999"},
+}
+
+
+def measure(changes: dict[str, str], minutes: float, n: int) -> dict[str, Any]:
+    """Train the recipe, and score it at each guidance scale."""
+    config = load_config("shapes", {**changes, "train.minutes": minutes})
+    state = new_state(config)
+    losses = []
+    for log in train(state, open_data(config.data, config.train.seed)):
+        losses.append(log.loss)
+        if log.step == config.train.warmup // 2:
+            set_steps_from_minutes(state)
+    with averaged_weights(state) as model:
+        settings = {w: replace(config.sample, guidance=w, steps=25) for w in GUIDANCE}
+        scores = {w: evaluate(model, settings[w], n, split="val").scores for w in GUIDANCE}
+    best = max(scores, key=lambda w: (scores[w]["all_right"], sum(scores[w][name] for name in SCORES)))
+    return {
+        "changes": changes,
+        "minutes": minutes,
+        "parameters": parameter_count(state.model),
+        "images": log.images,
+        "images_per_second": log.images / state.seconds,
+        "loss": float(np.mean(losses[-200:])),
+        "guidance": best,
+        "n": n,
+        **{name: scores[best][name] for name in SCORES},
+    }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The results as Markdown, the best first."""
+    names = ["recipe", "images/s", "images", "parameters", "w", *(name.replace("_", " ") for name in SCORES)]
+    lines = [" | ".join(["", *names, ""]).strip(), "|" + " --- |" * len(names)]
+    for name, r in sorted(rows.items(), key=lambda item: -item[1]["all_right"]):
+        cells = [name, f"{r['images_per_second']:.0f}", f"{r['images']:,}", f"{r['parameters'] / 1e6:.1f} M"]
+        cells += [f"{r['guidance']:g}", *(f"{r[s]:.1%}" for s in SCORES)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(map(repr, RECIPES))}")
+    parser.add_argument("--minutes", type=float, default=3)
+    parser.add_argument("--n", type=int, default=200, help="validation captions")
+    args = parser.parse_args()
+    path = results_path("recipes", "json")
+    rows = json.loads(path.read_text())["recipes"] if path.exists() else {}
+    for name in args.names or [name for name in RECIPES if name not in rows]:
+        rows[name] = measure(RECIPES[name], args.minutes, args.n)
+        print(name, json.dumps(rows[name]), flush=True)
+        write_json("recipes", {"command": "bench_recipes.py", "recipes": rows})
+        results_path("recipes", "md").write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main()
