@@ -60,11 +60,36 @@ def training_target(x0: Array, t: Array, eps: Array, schedule: Schedule, predict
 
 
 def denoising_loss(
-    network: Model, x0: Array, t: Array, eps: Array, cond: Any, schedule: Schedule, prediction: str = "eps"
+    network: Model,
+    x0: Array,
+    t: Array,
+    eps: Array,
+    cond: Any,
+    schedule: Schedule,
+    prediction: str = "eps",
+    weight: np.ndarray | None = None,
 ) -> Tensor:
-    """The mean squared error, over all elements, between the network's answer and its target: a scalar Tensor."""
+    """The mean squared error, over all elements, between the network's answer and its target: a scalar Tensor.
+
+    weight: one factor a sample (B,) on its squared error; None for 1.
+    """
     x_t = q_sample(x0, t, eps, schedule)
-    return ops.mse(network(x_t, t, cond), training_target(x0, t, eps, schedule, prediction))
+    answer, target = network(x_t, t, cond), training_target(x0, t, eps, schedule, prediction)
+    if weight is None:
+        return ops.mse(answer, target)
+    root = per_sample(np.sqrt(weight), x0)
+    return ops.mse(answer * root, target * root)
+
+
+def x0_loss_weight(t: Array, schedule: Schedule, limit: float) -> np.ndarray:
+    """min(1 + SNR_t, limit), SNR_t = alpha_bar_t / (1 - alpha_bar_t): the weight that makes an x0-loss a v-loss.
+
+    || v - v_theta ||^2 = (1 + SNR) || x0 - x0_theta ||^2: fine detail, which is decided at little noise, counts more.
+    The limit keeps the cleanest images from drowning the others. Salimans and Ho 2022, arXiv 2202.00512, section 4;
+    a limit on the weight as in Hang et al. 2023, arXiv 2303.09556.
+    """
+    alpha_bar = schedule.alpha_bar_at(t)
+    return 1 / np.maximum(1 - alpha_bar, 1 / limit)
 
 
 def eps_loss(model: Model, x0: Array, t: Array, eps: Array, cond: Any, schedule: Schedule) -> Tensor:

@@ -23,6 +23,7 @@ from minidiff.diffusion import (
     q_step,
     sigma,
     training_target,
+    x0_loss_weight,
 )
 from minidiff.schedule import cosine, linear, scaled_linear
 from minidiff.tensor import record
@@ -590,3 +591,22 @@ def test_guidance_without_the_unconditional_input_is_refused():
 def test_integer_images_are_refused():
     with pytest.raises(TypeError, match="works on floats"):
         q_sample(np.ones((1, 2), int), 5, np.ones((1, 2)), cosine(10))
+
+
+@pytest.mark.parametrize("t", [1, 50, 500, 1000])
+def test_the_weight_makes_an_x0_loss_a_v_loss(t):
+    """|| v - v_theta ||^2 = (1 + SNR) || x0 - x0_theta ||^2, when v_theta follows from x0_theta; up to the limit."""
+    s, (x0, wrong, eps) = cosine(1000), np.random.default_rng(t).standard_normal((3, 1, 4))
+    x_t = q_sample(x0, t, eps, s)
+    v = training_target(x0, t, eps, s, "v")
+    v_theta = training_target(wrong, t, eps_from_x0(x_t, t, wrong, s), s, "v")
+    ratio = ((v - v_theta) ** 2).sum() / ((x0 - wrong) ** 2).sum()
+    assert abs(x0_loss_weight(t, s, 1e9) / ratio - 1) < 1e-9
+    assert x0_loss_weight(t, s, 3.0) == pytest.approx(min(ratio, 3.0))
+
+
+def test_a_weighted_loss_is_the_mean_of_the_weighted_squares():
+    x0, eps = np.random.default_rng(0).standard_normal((2, 3, 4))
+    t, weight = np.array([1, 5, 9]), np.array([1.0, 2.0, 7.0])
+    loss = denoising_loss(lambda *args: Tensor(0 * x0), x0, t, eps, None, cosine(10), "x0", weight)
+    assert loss.item() == pytest.approx((weight[:, None] * x0**2).mean())

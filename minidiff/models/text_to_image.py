@@ -11,7 +11,7 @@ import numpy as np
 
 from minidiff import schedule as schedules
 from minidiff.backend import Array, array_module
-from minidiff.diffusion import PREDICTIONS, denoising_loss, eps_from_prediction
+from minidiff.diffusion import PREDICTIONS, denoising_loss, eps_from_prediction, x0_loss_weight
 from minidiff.models.text import TextEncoder, TextEncoderConfig
 from minidiff.models.unet import UNet, UNetConfig
 from minidiff.nn import Module
@@ -28,6 +28,9 @@ class DiffusionConfig:
     schedule: str = field(default="cosine", metadata={"help": f"noise schedule: {', '.join(SCHEDULES)}"})
     T: int = field(default=1000, metadata={"help": "number of diffusion steps"})
     prediction: str = field(default="eps", metadata={"help": f"what the network predicts: {', '.join(PREDICTIONS)}"})
+    weight_limit: float = field(
+        default=1.0, metadata={"help": "x0-loss: each image counts min(1 + SNR, this) times; 1: all count the same"}
+    )
     patch: int = field(
         default=1, metadata={"help": "space-to-depth: each patch x patch square of pixels is one position of the U-Net"}
     )
@@ -37,6 +40,8 @@ class DiffusionConfig:
             raise ValueError(f"diffusion.schedule: {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"diffusion.prediction: {self.prediction!r} is not one of {', '.join(PREDICTIONS)}")
+        if self.weight_limit < 1:
+            raise ValueError(f"diffusion.weight_limit must be at least 1, got {self.weight_limit}")
         if self.patch < 1 or self.T < 1:
             raise ValueError("diffusion.patch and diffusion.T must be at least 1")
 
@@ -111,7 +116,8 @@ class TextToImage(Module):
         """The training loss: images (B, H, W, C), their captions, t (B,) in 1..T, noise eps (B, *latent_shape)."""
         xp, prediction = self.array_module, self.diffusion.prediction
         x0, cond = self.encode(xp.asarray(images)), self.condition(captions)
-        return denoising_loss(self.unet, x0, t, xp.asarray(eps), cond, self.schedule, prediction)
+        weight = x0_loss_weight(t, self.schedule, self.diffusion.weight_limit) if prediction == "x0" else None
+        return denoising_loss(self.unet, x0, t, xp.asarray(eps), cond, self.schedule, prediction, weight)
 
     def forward(self, x_t: Array, t: Array, cond: Any) -> Array:
         """eps_theta(x_t, t, cond), an array like x_t (B, *latent_shape)."""
