@@ -79,7 +79,7 @@ class TextEncoder(Module):
     def __init__(self, config: TextEncoderConfig, seed: int | None = 0):
         self.config = config
         # Not CLIP's 0.02: beside such small vectors the first layers drown the words, and a short training learns
-        # the text several times slower (docs/recipe.md).
+        # the text much later (docs/recipe.md).
         self.token_embedding = Embedding(config.vocabulary, config.width, std=1.0)
         self.position_embedding = Embedding(config.context, config.width, std=1.0)
         self.layers = [EncoderLayer(config.width, config.heads) for _ in range(config.layers)]
