@@ -30,7 +30,7 @@ test: setup  ## run the tests (no PyTorch needed)
 	$(BIN)/python -m pytest
 
 lint: setup  ## check style and types
-	$(BIN)/pip install --quiet --disable-pip-version-check '.[lint]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[lint]'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

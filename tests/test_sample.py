@@ -13,7 +13,7 @@ def model():
     model = new_state(config()).model
     rng = np.random.default_rng(0)
     for p in model.parameters():
-        p.data = rng.normal(scale=0.1, size=p.shape).astype(np.float32)
+        p.data = rng.normal(scale=0.3, size=p.shape).astype(np.float32)
     return model
 
 

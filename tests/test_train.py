@@ -102,7 +102,8 @@ def test_captions_are_dropped_a_tenth_of_the_time():
 
 def test_checkpointing_blocks_changes_nothing():
     plain, thrifty = new_state(config()), new_state(config(train__checkpointing=True))
-    assert [r.loss for r in run(plain)] == [r.loss for r in run(thrifty)]
+    # the gradients of what several blocks share are added in another order, so the last bits may differ
+    assert [r.loss for r in run(plain)] == pytest.approx([r.loss for r in run(thrifty)], rel=1e-5)
 
 
 def test_nan_stops_before_the_parameters_are_touched():
