@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file with everything a run needs to go on, replaced in one atomic step.
 
-Tensors `model.*` (raw weights), `ema.*` (their moving average), `adamw.m.*` and `adamw.v.*`; the metadata holds the
+Tensors `model.*` (raw weights), `ema.*` (their moving average), `optimizer.m.*` and `optimizer.v.*`; the metadata holds the
 step, the resolved config and the vocabulary as JSON. Nothing is pickled.
 """
 
@@ -20,7 +20,7 @@ from minidiff.errors import UserError
 
 FORMAT = "minidiff checkpoint 1"
 FILE = "checkpoint.safetensors"
-PARTS = ("model", "ema", "adamw.m", "adamw.v")
+PARTS = ("model", "ema", "optimizer.m", "optimizer.v")
 
 
 def save_checkpoint(path: Path, parts: dict[str, dict[str, Array]], about: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import tomli_w
 from minidiff.data import DataConfig
 from minidiff.errors import UserError
 from minidiff.models import DiffusionConfig, TextEncoderConfig, UNetConfig
+from minidiff.optim import OPTIMIZERS
 from minidiff.samplers import SAMPLERS
 
 if sys.version_info >= (3, 11):
@@ -34,6 +35,7 @@ class TrainConfig:
     )
     batch: int = field(default=64, metadata={"help": "images in one forward pass"})
     accumulate: int = field(default=1, metadata={"help": "forward passes whose gradients make one step"})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw, or muon (for hidden layers, adamw for the rest)"})
     lr: float = field(default=1e-3, metadata={"help": "peak learning rate"})
     warmup: int = field(default=100, metadata={"help": "steps over which the learning rate rises"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decay of matrices and kernels"})
@@ -53,6 +55,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"train.device: {self.device!r} is neither cpu nor cuda")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"train.optimizer: {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
         for name in ("steps", "batch", "accumulate", "warmup", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")

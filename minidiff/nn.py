@@ -20,14 +20,19 @@ from minidiff.tensor import Tensor
 
 
 class Parameter(Tensor):
-    """A Tensor that is trained. `init` is "zeros", "ones", ("uniform", bound) or ("normal", std)."""
+    """A Tensor that is trained. `init` is "zeros", "ones", ("uniform", bound) or ("normal", std).
 
-    __slots__ = ("init", "wanted_shape")
+    hidden: a matrix or kernel from features to features (not an embedding, nor a network's first or last layer), which
+    the Muon optimizer treats as a matrix.
+    """
 
-    def __init__(self, shape: tuple[int, ...], init: Any):
+    __slots__ = ("hidden", "init", "wanted_shape")
+
+    def __init__(self, shape: tuple[int, ...], init: Any, hidden: bool = False):
         super().__init__(np.empty(0, np.float32), requires_grad=True)
         self.wanted_shape = shape
         self.init = init
+        self.hidden = hidden
 
     def initialise(self, seed: int, number: int) -> None:
         """Draw the first value, a pure function of the seed and the parameter's number in its model."""
@@ -112,7 +117,7 @@ class Linear(Module):
 
     def __init__(self, d_in: int, d_out: int, bias: bool = True, zero: bool = False):
         init = "zeros" if zero else ("uniform", 1 / math.sqrt(d_in))
-        self.weight = Parameter((d_in, d_out), init)
+        self.weight = Parameter((d_in, d_out), init, hidden=True)
         self.bias = Parameter((d_out,), init) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,7 +132,7 @@ class Conv2d(Module):
         self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1, padding: ops.Padding = 1, zero: bool = False
     ):
         init = "zeros" if zero else ("uniform", 1 / math.sqrt(kernel * kernel * c_in))
-        self.weight = Parameter((kernel, kernel, c_in, c_out), init)
+        self.weight = Parameter((kernel, kernel, c_in, c_out), init, hidden=True)
         self.bias = Parameter((c_out,), init)
         self.stride, self.padding = stride, padding
 

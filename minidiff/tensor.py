@@ -8,6 +8,7 @@ its `Node`, each node its inputs, and the graph is freed as `backward` passes ov
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,23 @@ from minidiff.backend import Array, array_module, to_numpy
 
 Backward = Callable[[Array], Sequence[Array | None]]
 
-_grad_enabled = True
+
+class _GradMode(threading.local):
+    """Whether ops are recorded: each thread's own, because threads train beside each other."""
+
+    enabled = True
+
+
+_grad = _GradMode()
 
 
 @contextlib.contextmanager
 def _grad_mode(enabled: bool) -> Iterator[None]:
-    global _grad_enabled
-    before, _grad_enabled = _grad_enabled, enabled
+    before, _grad.enabled = _grad.enabled, enabled
     try:
         yield
     finally:
-        _grad_enabled = before
+        _grad.enabled = before
 
 
 def no_grad() -> contextlib.AbstractContextManager[None]:
@@ -194,7 +201,7 @@ def record(name: str, y: Array, inputs: tuple[Tensor, ...], backward: Backward) 
     backward(dy) returns one gradient an input, in the same order; None where there is none to give.
     """
     out = Tensor(y)
-    if _grad_enabled and any(x.requires_grad for x in inputs):
+    if _grad.enabled and any(x.requires_grad for x in inputs):
         out.requires_grad = True
         out.node = Node(name, inputs, backward)
     return out
@@ -217,7 +224,7 @@ def checkpoint(block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """
     with no_grad():
         y = block(*inputs)
-    if not _grad_enabled:
+    if not _grad.enabled:
         return y
 
     def backward(dy: Array) -> list[Array | None]:

@@ -12,10 +12,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ from minidiff.config import Config, config_from_dict, config_to_dict, config_to_
 from minidiff.data import Dataset, open_data
 from minidiff.errors import UserError
 from minidiff.models import TextToImage
-from minidiff.optim import AdamW, clip_factor, gradient_norm, learning_rate
+from minidiff.optim import OPTIMIZERS, AdamW, clip_factor, gradient_norm, learning_rate
 from minidiff.random import Purpose, normal, uniform
+from minidiff.threads import num_threads, parallel_map
 
 LOG = "log.jsonl"
 
@@ -88,7 +90,7 @@ def _state(config: Config, words: Any, image_shape: Any, seed: int | None) -> Tr
         raise UserError(f"train.device: {e}") from e
     model.unet.checkpointing = config.train.checkpointing
     c = config.train
-    optimizer = AdamW(
+    optimizer = OPTIMIZERS[c.optimizer](
         dict(model.named_parameters()), (c.beta1, c.beta2), weight_decay=c.weight_decay, ema_decay=c.ema_decay
     )
     return TrainState(config, model, optimizer)
@@ -104,7 +106,7 @@ def save_state(state: TrainState, path: Path) -> None:
         "words": list(state.model.tokenizer.words),
         "image_shape": list(state.model.image_shape),
     }
-    save_checkpoint(path, {"model": state.model.state(), "ema": o.ema, "adamw.m": o.m, "adamw.v": o.v}, about)
+    save_checkpoint(path, {"model": state.model.state(), "ema": o.ema, "optimizer.m": o.m, "optimizer.v": o.v}, about)
 
 
 def load_state(path: Path) -> TrainState:
@@ -112,11 +114,11 @@ def load_state(path: Path) -> TrainState:
     parts, about = load_checkpoint(path)
     state = _state(config_from_dict(about["config"], str(path)), about["words"], about["image_shape"], seed=None)
     o = state.optimizer
-    for arrays in (parts["ema"], parts["adamw.m"], parts["adamw.v"], parts["model"]):
+    for arrays in (parts["ema"], parts["optimizer.m"], parts["optimizer.v"], parts["model"]):
         _load(state.model, arrays, path)  # each must fit; the model's own stay
     state.model.to(state.config.train.device)
     xp = state.model.array_module
-    o.ema, o.m, o.v = ({k: xp.asarray(v) for k, v in parts[p].items()} for p in ("ema", "adamw.m", "adamw.v"))
+    o.ema, o.m, o.v = ({k: xp.asarray(v) for k, v in parts[p].items()} for p in ("ema", "optimizer.m", "optimizer.v"))
     o.step_number, state.seconds = about["step"], about["seconds"]
     return state
 
@@ -176,13 +178,15 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
     def draw(step: int) -> list[Batch]:
         return [draw_batch(state, data, step, part) for part in range(c.accumulate)]
 
+    threads = min(num_threads(), c.accumulate) if c.device == "cpu" else 1
+    models = [state.model, *(_copy(state) for _ in range(threads - 1))]
     with ThreadPoolExecutor(1, "data") as pool:
         upcoming = pool.submit(draw, state.step + 1)
         while state.step < state.config.train.steps:
             started = time.perf_counter()
             batches = upcoming.result()
             upcoming = pool.submit(draw, state.step + 2)
-            loss, grads = loss_and_gradients(state.model, batches)
+            loss, grads = loss_and_gradients(models, batches)
             norm = gradient_norm(list(grads.values()))
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise UserError(_not_finite(state.step + 1, loss, grads))
@@ -197,17 +201,47 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
             yield StepLog(state.step, loss, lr, norm, state.step * n, state.seconds / 60, n / seconds)
 
 
-def loss_and_gradients(model: TextToImage, batches: list[Batch]) -> tuple[float, dict[str, Any]]:
-    """The mean loss over the batches, and its gradient by parameter."""
+def loss_and_gradients(models: Sequence[TextToImage], batches: Sequence[Batch]) -> tuple[float, dict[str, Any]]:
+    """The mean loss over the batches, and its gradient by parameter.
+
+    The first model is the one trained; any others are its copies, in which passes run beside each other. The passes are
+    added in the order of the batches, so that the number of copies does not change the sum.
+    """
+    free = SimpleQueue[TextToImage]()
+    for model in models:
+        model.load(models[0].state())
+        free.put(model)
+
+    def one_pass(batch: Batch) -> tuple[float, dict[str, Any]]:
+        model = free.get()
+        try:
+            return _pass(model, batch, 1 / len(batches))
+        finally:
+            free.put(model)
+
+    total, grads = 0.0, {}
+    for loss, part in parallel_map(one_pass, batches, len(models)):
+        total += loss
+        grads = {name: grads[name] + g for name, g in part.items()} if grads else part
+    return total, grads
+
+
+def _pass(model: TextToImage, batch: Batch, weight: float) -> tuple[float, dict[str, Any]]:
     parameters = dict(model.named_parameters())
+    loss = model.loss(batch.images, batch.captions, batch.t, batch.eps) * weight
+    loss.backward()
+    grads = {name: p.grad for name, p in parameters.items()}
     for p in parameters.values():
         p.grad = None
-    total = 0.0
-    for batch in batches:
-        loss = model.loss(batch.images, batch.captions, batch.t, batch.eps) * (1 / len(batches))
-        loss.backward()
-        total += loss.item()
-    return total, {name: p.grad for name, p in parameters.items()}
+    return loss.item(), grads
+
+
+def _copy(state: TrainState) -> TextToImage:
+    """A model of the same configuration, still empty."""
+    c, model = state.config, state.model
+    copy = TextToImage(c.unet, c.text, c.diffusion, model.tokenizer.words, model.image_shape, seed=None)
+    copy.unet.checkpointing = c.train.checkpointing
+    return copy
 
 
 def _not_finite(step: int, loss: float, grads: dict[str, Any]) -> str:

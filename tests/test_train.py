@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from minidiff.checkpoint import FILE
 from minidiff.config import load_config
 from minidiff.data import open_data
 from minidiff.errors import UserError
+from minidiff.optim import OPTIMIZERS
 from minidiff.train import (
     LOG,
     draw_batch,
@@ -83,13 +85,28 @@ def test_accumulation_is_the_mean_over_its_parts():
     state = new_state(config(train__accumulate=2))
     data = open_data(state.config.data, 0)
     parts = [draw_batch(state, data, 1, part) for part in range(2)]
-    loss, grads = loss_and_gradients(state.model, parts)
-    halves = [loss_and_gradients(state.model, [part]) for part in parts]
+    loss, grads = loss_and_gradients([state.model], parts)
+    halves = [loss_and_gradients([state.model], [part]) for part in parts]
     assert loss == pytest.approx(np.mean([h[0] for h in halves]))
     for name, g in grads.items():
         mean = (halves[0][1][name] + halves[1][1][name]) / 2
         assert np.abs(g - mean).max() <= 1e-5 * max(np.abs(mean).max(), 1e-3), name
     assert not (parts[0].eps == parts[1].eps).any()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_the_number_of_threads_does_not_change_a_bit(monkeypatch, optimizer, checkpointing):
+    """Passes that run beside each other keep their tapes, gradients and recording apart."""
+    runs = []
+    for threads in ("1", "2", "3"):
+        monkeypatch.setenv("MINIDIFF_NUM_THREADS", threads)
+        runs.append(
+            new_state(config(train__accumulate=5, train__optimizer=optimizer, train__checkpointing=checkpointing))
+        )
+        with threadpool_limits(1):
+            run(runs[-1])
+    assert same_bits(runs[0], runs[1]) and same_bits(runs[0], runs[2])
 
 
 def test_captions_are_dropped_a_tenth_of_the_time():

@@ -110,7 +110,8 @@ class TextToImage(Module):
         """Captions -> cond = (tokens (B, L, D), mask (B, L)); "" is the unconditional input."""
         ids, mask = self.tokenizer(captions, self.text_encoder.config.context)
         xp = self.array_module
-        return self.text_encoder(xp.asarray(ids)), xp.asarray(mask)
+        mask = xp.asarray(mask)
+        return self.text_encoder(xp.asarray(ids), mask), mask
 
     def loss(self, images: Array, captions: Sequence[str], t: np.ndarray, eps: Array) -> Tensor:
         """The training loss: images (B, H, W, C), their captions, t (B,) in 1..T, noise eps (B, *latent_shape)."""

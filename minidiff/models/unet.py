@@ -46,6 +46,9 @@ class UNetConfig:
         default=(1, 1, 1), metadata={"help": "transformer blocks in one cross attention"}
     )
     text_width: int = field(default=128, metadata={"help": "width of the text tokens"})
+    pooled_text: bool = field(
+        default=False, metadata={"help": "add the mean of the text tokens to the timestep embedding, as Imagen does"}
+    )
     linear_projection: bool = field(default=False, metadata={"help": "linear instead of 1x1 conv around transformers"})
     norm_groups: int = field(default=32, metadata={"help": "groups of every GroupNorm"})
     norm_eps: float = field(default=1e-5, metadata={"help": "epsilon of the residual blocks' GroupNorm"})
@@ -89,6 +92,24 @@ class TimeEmbedding(Module):
         waves = ops.timestep_embedding(t - 1, self.base, self.sin_first, self.shift)
         weight = self.linear_1.weight.data
         return self.linear_2(ops.silu(self.linear_1(Tensor(array_module(weight).asarray(waves, dtype=weight.dtype)))))
+
+
+class TextPooling(Module):
+    """The caption as one vector, the mean of its tokens, which reaches every residual block beside the timestep.
+
+    Cross-attention has to learn where each word belongs; the sum of the words acts on the whole image from the first
+    step. Saharia et al. 2022 (Imagen), arXiv 2205.11487, appendix.
+    """
+
+    def __init__(self, config: UNetConfig):
+        self.proj = Linear(config.text_width, 4 * config.channels[0])
+
+    def forward(self, tokens: Tensor, mask: Array | None) -> Tensor:
+        """tokens (B, L, D), mask (B, L), False on padding, or None -> (B, 4 * channels[0])."""
+        if mask is None:
+            return self.proj(tokens.mean(axis=1))
+        share = mask / mask.sum(axis=1, keepdims=True)
+        return self.proj((tokens * share.astype(tokens.dtype)[..., None]).sum(axis=1))
 
 
 class ResBlock(Module):
@@ -321,11 +342,13 @@ class UNet(Module):
         self.checkpointing = False
         self.conv_in = Conv2d(config.in_channels, config.channels[0])
         self.time_embedding = TimeEmbedding(config)
+        self.text_pooling = TextPooling(config) if config.pooled_text else None
         self.down_blocks = [DownBlock(level, config) for level in levels]
         self.mid_block = MidBlock(config)
         self.up_blocks = [UpBlock(level, config) for level in reversed(levels)]
         self.conv_norm_out = GroupNorm(config.channels[0], config.norm_groups, config.norm_eps, silu=True)
         self.conv_out = Conv2d(config.channels[0], config.out_channels, zero=True)
+        self.conv_in.weight.hidden = self.conv_out.weight.hidden = False
         if seed is not None:
             self.initialise(seed)
 
@@ -336,7 +359,12 @@ class UNet(Module):
         t = xp.asarray(t)
         self._check(x, t)
         tokens, mask = (None, None) if cond is None else (as_tensor(cond[0]), cond[1])
-        emb = ops.silu(self.time_embedding(xp.broadcast_to(t, x.shape[:1])))
+        emb = self.time_embedding(xp.broadcast_to(t, x.shape[:1]))
+        if self.text_pooling is not None:
+            if tokens is None:
+                raise ValueError("this U-Net pools the text: it needs cond = (tokens, mask)")
+            emb = emb + self.text_pooling(tokens, mask)
+        emb = ops.silu(emb)
         run = _checkpointed if self.checkpointing else _plainly
 
         x = self.conv_in(x)
