@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file with everything a run needs to go on, replaced in one atomic step.
 
-Tensors `model.*` (raw weights), `ema.*` (their moving average), `optimizer.m.*` and `optimizer.v.*`; the metadata holds the
-step, the resolved config and the vocabulary as JSON. Nothing is pickled.
+Tensors `model.*` (raw weights), `ema.*` (their moving average), `optimizer.m.*` and `optimizer.v.*`; the metadata
+holds the step, the resolved config and the vocabulary as JSON. Nothing is pickled.
 """
 
 from __future__ import annotations

@@ -219,7 +219,8 @@ def loss_and_gradients(models: Sequence[TextToImage], batches: Sequence[Batch]) 
         finally:
             free.put(model)
 
-    total, grads = 0.0, {}
+    total = 0.0
+    grads: dict[str, Any] = {}
     for loss, part in parallel_map(one_pass, batches, len(models)):
         total += loss
         grads = {name: grads[name] + g for name, g in part.items()} if grads else part

@@ -46,7 +46,7 @@ def test_orthogonalised_keeps_the_singular_vectors_and_levels_their_values(shape
 
 
 def test_muon_follows_its_algorithm_where_adamw_does_not(kernels_kind, rng):
-    """Hidden kernels and matrices by Muon, in float64 with the singular value decomposition's map; the rest by AdamW."""
+    """Hidden kernels and matrices by Muon, here through the singular value decomposition; the rest by AdamW."""
     start = {"kernel": rng.normal(size=(3, 3, 4, 6)), "first": rng.normal(size=(3, 5)), "bias": rng.normal(size=5)}
     grads = [{k: rng.normal(size=v.shape) for k, v in start.items()} for _ in range(4)]
     optimizers = []
