@@ -43,6 +43,11 @@ class TrainConfig:
     beta2: float = field(default=0.99, metadata={"help": "AdamW's memory of the squared gradient"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of all gradients together"})
     ema_decay: float = field(default=0.999, metadata={"help": "decay of the parameters' moving average"})
+    timesteps: str = field(
+        default="uniform", metadata={"help": "how t is drawn: uniform, or logit_normal (more often at middling noise)"}
+    )
+    logit_mean: float = field(default=0.0, metadata={"help": "logit_normal: t / T = sigmoid(mean + std * normal)"})
+    logit_std: float = field(default=1.0, metadata={"help": "logit_normal: its standard deviation"})
     drop_caption: float = field(
         default=0.1, metadata={"help": "probability that a caption is replaced by the empty one"}
     )
@@ -57,10 +62,12 @@ class TrainConfig:
             raise ValueError(f"train.device: {self.device!r} is neither cpu nor cuda")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"train.optimizer: {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        if self.timesteps not in ("uniform", "logit_normal"):
+            raise ValueError(f"train.timesteps: {self.timesteps!r} is neither uniform nor logit_normal")
         for name in ("steps", "batch", "accumulate", "warmup", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("minutes", "sample_every", "seed", "weight_decay"):
+        for name in ("minutes", "sample_every", "seed", "weight_decay", "logit_std"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must not be negative, got {getattr(self, name)}")
         for name in ("lr", "clip"):

@@ -428,8 +428,16 @@ def test_captions_name_each_size_half_the_time_and_two_objects_mostly(rng):
     named = np.mean([phrase.size is not None for caption in captions for phrase in caption.phrases])
     two = np.mean([caption.relation is not None for caption in captions])
     assert abs(named - 0.5) < 0.02 and abs(two - 0.8) < 0.02
+
+
+@pytest.mark.parametrize("split, ahead", (("train", 0.75), ("val", 0.5), ("test", 0.5)))
+def test_training_captions_tend_to_name_the_upper_or_left_object_first(split, ahead, rng):
+    captions = [shapes.parse(shapes.caption(scene, rng)) for scene in shapes.draw_scenes(5 * N, rng, split)]
     relations = [caption.relation for caption in captions if caption.relation]
-    assert all(abs(relations.count(relation) / len(relations) - 0.25) < 0.03 for relation in RELATIONS)
+    share = {relation: relations.count(relation) / len(relations) for relation in RELATIONS}
+    assert abs(share["above"] + share["below"] - 0.5) < 0.03
+    assert abs(share["above"] + share["left of"] - ahead) < 0.03
+    assert abs(share["above"] / (share["above"] + share["below"]) - ahead) < 0.04
 
 
 def test_seeds_reproduce():

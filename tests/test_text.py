@@ -105,23 +105,6 @@ def test_a_token_is_not_changed_by_later_ones_but_changes_them():
         assert not moved[:place].any() and (moved[place:] > 1e-6).all()
 
 
-def test_without_causality_every_token_sees_all_but_the_padding():
-    encoder = randomised(TextEncoder(replace(CONFIG, causal=False)))
-    ids, mask = np.arange(1, 8)[None], np.arange(7)[None] < 5
-    before = encoder(ids, mask).data[0]
-    for place in range(7):
-        changed = ids.copy()
-        changed[0, place] = 8
-        moved = np.abs(encoder(changed, mask).data[0] - before).max(axis=-1)
-        assert (moved[:5] > 1e-6).all() if place < 5 else not moved[:5].any()
-
-
-def test_padding_is_not_seen_either_way():
-    """With its mask or without, a causal encoder gives the words before the padding the same vectors."""
-    encoder, ids = randomised(TextEncoder(CONFIG)), np.array([[START, RED, END, PAD, PAD]])
-    assert np.abs(encoder(ids, ids != PAD).data[:, :3] - encoder(ids).data[:, :3]).max() <= 1e-12
-
-
 def test_a_shorter_caption_is_the_beginning_of_a_longer_one():
     encoder, ids = randomised(TextEncoder(CONFIG)), np.arange(1, 8)[None]
     assert np.abs(encoder(ids[:, :4]).data - encoder(ids).data[:, :4]).max() <= 1e-12

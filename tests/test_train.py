@@ -19,6 +19,7 @@ from minidiff.optim import OPTIMIZERS
 from minidiff.train import (
     LOG,
     draw_batch,
+    draw_timesteps,
     fit,
     load_model,
     load_state,
@@ -115,6 +116,16 @@ def test_captions_are_dropped_a_tenth_of_the_time():
     assert 0.08 < np.mean([c == "" for c in batch.captions]) < 0.12
     assert batch.t.min() == 1 and batch.t.max() == state.model.schedule.T
     assert abs(batch.t.mean() - 500) < 30
+
+
+def test_logit_normal_timesteps_have_their_distribution():
+    c = config(train__timesteps="logit_normal", train__logit_mean=-0.5, train__logit_std=0.8).train
+    t = draw_timesteps(c, range(20000), 3, 1000)
+    assert t.min() >= 1 and t.max() <= 1000
+    z = np.log((t - 0.5) / (1000.5 - t))
+    assert abs(z.mean() + 0.5) < 0.03 and abs(z.std() - 0.8) < 0.03
+    assert draw_timesteps(replace(c, logit_mean=100.0), range(5), 3, 1000).tolist() == [1000] * 5
+    assert draw_timesteps(replace(c, logit_mean=-100.0), range(5), 3, 1000).tolist() == [1] * 5
 
 
 def test_checkpointing_blocks_changes_nothing():

@@ -185,12 +185,13 @@ def test_the_text_reaches_every_cross_attention(config):
     assert closed == 0 and all(moved > 1e-6 for moved in opened), opened
 
 
-def test_the_pooled_text_is_the_mean_of_the_unmasked_tokens():
-    net, (x, t, (tokens, mask)) = randomised(tiny(pooled_text=True)), inputs(tiny())
-    pooled = net.text_pooling(Tensor(tokens), mask).data
+def test_the_pooled_text_is_the_mean_of_the_unmasked_tokens_and_fades_with_the_noise():
+    net, (x, _, (tokens, mask)) = randomised(tiny(pooled_text=True, timesteps=50)), inputs(tiny())
+    t = np.array([1, 26])
+    pooled = net.text_pooling(Tensor(tokens), mask, t).data
     mean = np.stack([row[keep].mean(axis=0) for row, keep in zip(tokens, mask, strict=True)])
-    assert np.abs(pooled - net.text_pooling.proj(Tensor(mean)).data).max() < 1e-12
-    all_seen, no_mask = (net.text_pooling(Tensor(tokens), m).data for m in (np.ones_like(mask), None))
+    assert np.abs(pooled - net.text_pooling.proj(Tensor(mean)).data * [[1], [0.5**4]]).max() < 1e-12
+    all_seen, no_mask = (net.text_pooling(Tensor(tokens), m, t).data for m in (np.ones_like(mask), None))
     assert np.abs(all_seen - no_mask).max() < 1e-12
     with pytest.raises(ValueError, match="pools the text"):
         net(x, t)

@@ -1,7 +1,7 @@
 """The text encoder: a small transformer in the style of CLIP's, trained together with the U-Net.
 
-Words and their places become vectors; each layer lets every word look at the others (CLIP: only at those before it,
-`causal`) and then thinks about what it saw (two linear layers). Parameter names follow transformers' CLIPTextModel.
+Words and their places become vectors; each layer lets every word look at the words before it (causal attention) and
+then thinks about what it saw (two linear layers). Parameter names follow transformers' CLIPTextModel.
 Radford et al. 2021, arXiv 2103.00020.
 """
 
@@ -24,7 +24,6 @@ class TextEncoderConfig:
     width: int = field(default=128, metadata={"help": "width of a token"})
     layers: int = field(default=2, metadata={"help": "transformer layers"})
     heads: int = field(default=4, metadata={"help": "attention heads"})
-    causal: bool = field(default=True, metadata={"help": "a word sees only those before it, as in CLIP; false: all"})
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width % self.heads:
@@ -32,19 +31,18 @@ class TextEncoderConfig:
 
 
 class SelfAttention(Module):
-    """Self-attention over the tokens."""
+    """Causal self-attention over the tokens."""
 
-    def __init__(self, width: int, heads: int, causal: bool):
+    def __init__(self, width: int, heads: int):
         self.q_proj = Linear(width, width)
         self.k_proj = Linear(width, width)
         self.v_proj = Linear(width, width)
-        self.out_proj = Linear(width, width)
+        self.out_proj = Linear(width, width, zero=True)
         self.heads = heads
-        self.causal = causal
 
-    def forward(self, x: Tensor, mask: Array | None = None) -> Tensor:
-        """x (B, L, D), mask (B, L) or None -> (B, L, D)."""
-        y = ops.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, mask=mask, causal=self.causal)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        y = ops.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True)
         return self.out_proj(y)
 
 
@@ -53,7 +51,7 @@ class MLP(Module):
 
     def __init__(self, width: int):
         self.fc1 = Linear(width, 4 * width)
-        self.fc2 = Linear(4 * width, width)
+        self.fc2 = Linear(4 * width, width, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
@@ -61,17 +59,17 @@ class MLP(Module):
 
 
 class EncoderLayer(Module):
-    """Pre-norm attention and MLP, each added to its input."""
+    """Pre-norm attention and MLP, each added to its input. Starts as the identity: the words stay apart."""
 
-    def __init__(self, width: int, heads: int, causal: bool):
+    def __init__(self, width: int, heads: int):
         self.layer_norm1 = LayerNorm(width)
-        self.self_attn = SelfAttention(width, heads, causal)
+        self.self_attn = SelfAttention(width, heads)
         self.layer_norm2 = LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor, mask: Array | None = None) -> Tensor:
-        """x (B, L, D), mask (B, L) or None -> (B, L, D)."""
-        x = x + self.self_attn(self.layer_norm1(x), mask)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -84,16 +82,16 @@ class TextEncoder(Module):
         # the text much later (docs/recipe.md).
         self.token_embedding = Embedding(config.vocabulary, config.width, std=1.0)
         self.position_embedding = Embedding(config.context, config.width, std=1.0)
-        self.layers = [EncoderLayer(config.width, config.heads, config.causal) for _ in range(config.layers)]
+        self.layers = [EncoderLayer(config.width, config.heads) for _ in range(config.layers)]
         self.final_layer_norm = LayerNorm(config.width)
         if seed is not None:
             self.initialise(seed)
 
-    def forward(self, ids: Array, mask: Array | None = None) -> Tensor:
-        """ids (B, L) integers, L at most the context, mask (B, L), False on padding, or None -> (B, L, D)."""
+    def forward(self, ids: Array) -> Tensor:
+        """ids (B, L) integers, L at most the context -> (B, L, D)."""
         if ids.ndim != 2 or ids.shape[1] > self.config.context:
             raise ValueError(f"TextEncoder: wanted ids (B, L) with L <= {self.config.context}, got {ids.shape}")
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x)
         return self.final_layer_norm(x)

@@ -89,7 +89,10 @@ class TextToImage(Module):
         self.image_shape = image_shape
         self.latent_shape = (H // p, W // p, channels)
         self.text_encoder = TextEncoder(replace(text, vocabulary=len(self.tokenizer)), seed=None)
-        self.unet = UNet(replace(unet, in_channels=channels, out_channels=channels, text_width=text.width), seed=None)
+        fitted = replace(
+            unet, in_channels=channels, out_channels=channels, text_width=text.width, timesteps=diffusion.T
+        )
+        self.unet = UNet(fitted, seed=None)
         if seed is not None:
             self.initialise(seed)
 
@@ -110,8 +113,7 @@ class TextToImage(Module):
         """Captions -> cond = (tokens (B, L, D), mask (B, L)); "" is the unconditional input."""
         ids, mask = self.tokenizer(captions, self.text_encoder.config.context)
         xp = self.array_module
-        mask = xp.asarray(mask)
-        return self.text_encoder(xp.asarray(ids), mask), mask
+        return self.text_encoder(xp.asarray(ids)), xp.asarray(mask)
 
     def loss(self, images: Array, captions: Sequence[str], t: np.ndarray, eps: Array) -> Tensor:
         """The training loss: images (B, H, W, C), their captions, t (B,) in 1..T, noise eps (B, *latent_shape)."""

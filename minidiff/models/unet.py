@@ -47,8 +47,9 @@ class UNetConfig:
     )
     text_width: int = field(default=128, metadata={"help": "width of the text tokens"})
     pooled_text: bool = field(
-        default=False, metadata={"help": "add the mean of the text tokens to the timestep embedding, as Imagen does"}
+        default=False, metadata={"help": "add the mean of the text tokens, at low noise, to the timestep embedding"}
     )
+    timesteps: int = field(default=1000, metadata={"help": "T: the noise level at which pooled text has faded to none"})
     linear_projection: bool = field(default=False, metadata={"help": "linear instead of 1x1 conv around transformers"})
     norm_groups: int = field(default=32, metadata={"help": "groups of every GroupNorm"})
     norm_eps: float = field(default=1e-5, metadata={"help": "epsilon of the residual blocks' GroupNorm"})
@@ -97,19 +98,23 @@ class TimeEmbedding(Module):
 class TextPooling(Module):
     """The caption as one vector, the mean of its tokens, which reaches every residual block beside the timestep.
 
-    Cross-attention has to learn where each word belongs; the sum of the words acts on the whole image from the first
-    step. Saharia et al. 2022 (Imagen), arXiv 2205.11487, appendix.
+    Each block can then draw, say, its edges after the words "circle" or "square". At high noise the vector fades as
+    (1 - (t - 1) / T)^4: there the picture is composed, and a network that is told all words at once is slow to learn,
+    through cross-attention, which word belongs where (benchmarks/bench_recipes.py has it without the fading).
+    Saharia et al. 2022 (Imagen), arXiv 2205.11487, pool the text in this way at every t.
     """
 
     def __init__(self, config: UNetConfig):
         self.proj = Linear(config.text_width, 4 * config.channels[0])
+        self.T = config.timesteps
 
-    def forward(self, tokens: Tensor, mask: Array | None) -> Tensor:
-        """tokens (B, L, D), mask (B, L), False on padding, or None -> (B, 4 * channels[0])."""
-        if mask is None:
-            return self.proj(tokens.mean(axis=1))
-        share = mask / mask.sum(axis=1, keepdims=True)
-        return self.proj((tokens * share.astype(tokens.dtype)[..., None]).sum(axis=1))
+    def forward(self, tokens: Tensor, mask: Array | None, t: Array) -> Tensor:
+        """tokens (B, L, D), mask (B, L), False on padding, or None, t (B,) from 1 -> (B, 4 * channels[0])."""
+        xp, D = array_module(tokens.data), tokens.dtype
+        seen = xp.ones(tokens.shape[:2], bool) if mask is None else mask
+        share = (seen / seen.sum(axis=1, keepdims=True)).astype(D)[..., None]
+        fading = ((1 - (xp.asarray(t, dtype="float64") - 1) / self.T) ** 4).astype(D)[:, None]
+        return self.proj((tokens * share).sum(axis=1)) * fading
 
 
 class ResBlock(Module):
@@ -359,11 +364,12 @@ class UNet(Module):
         t = xp.asarray(t)
         self._check(x, t)
         tokens, mask = (None, None) if cond is None else (as_tensor(cond[0]), cond[1])
-        emb = self.time_embedding(xp.broadcast_to(t, x.shape[:1]))
+        t = xp.broadcast_to(t, x.shape[:1])
+        emb = self.time_embedding(t)
         if self.text_pooling is not None:
             if tokens is None:
                 raise ValueError("this U-Net pools the text: it needs cond = (tokens, mask)")
-            emb = emb + self.text_pooling(tokens, mask)
+            emb = emb + self.text_pooling(tokens, mask, t)
         emb = ops.silu(emb)
         run = _checkpointed if self.checkpointing else _plainly
 
