@@ -22,37 +22,33 @@ def gradient_norm(grads: Sequence[Array]) -> float:
     return math.sqrt(sum(float((g * g).sum(dtype=np.float64)) for g in grads))
 
 
-def orthogonalised(g: Array, steps: int = 5) -> Array:
-    """A matrix with the singular vectors of g (n, m) and singular values near 1 (about 0.7 to 1.2).
+def orthogonalised(matrices: Sequence[Array], steps: int = 5) -> list[Array]:
+    """Of each matrix g one with its singular vectors, and singular values near 1 (about 0.7 to 1.2).
 
-    Newton and Schulz's iteration in products alone: X <- a X + (b A + c A^2) X, A = X X^T, from X = g / |g|. It moves
-    every singular value s to a s + b s^3 + c s^5. Coefficients: Jordan 2024, "Muon: an optimizer for hidden layers".
+    Newton and Schulz's iteration in products alone, X <- P X with P = a + b A + c A^2 and A = X X^T, moves every
+    singular value s to a s + b s^3 + c s^5. As A and P commute, the small square matrices are enough: A <- P^2 A, and
+    the product of all P meets g once, at the end. Those of one size are iterated together, because in NumPy many small
+    products cost more than their numbers. Coefficients: Jordan 2024, "Muon: an optimizer for hidden layers".
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g if g.shape[0] <= g.shape[1] else g.T  # A is the smaller of the two squares
-    x = x / (array_module(g).sqrt((x * x).sum()) + 1e-7)
-    for _ in range(steps):
-        A = x @ x.T
-        x = a * x + (b * A + c * (A @ A)) @ x
-    return x if g.shape[0] <= g.shape[1] else x.T
-
-
-@kernel
-def muon_update(
-    p: Array, g: Array, m: Array, ema: Array, lr: float, momentum: float, decay: float, ema_decay: float
-) -> None:
-    """One step for one matrix, or kernel as a matrix (kh * kw * C_in, C_out), in place.
-
-    m <- momentum m + (1 - momentum) g
-    u = orthogonalised((1 - momentum) g + momentum m) * sqrt(max(rows, columns)): its numbers are about 1 in size
-    p <- p - lr (u + decay p),  ema <- ema + (1 - ema_decay) (p - ema)
-    Jordan 2024; the scale as in Liu et al. 2025, arXiv 2502.16982, without their factor of 0.2.
-    """
-    m += (1 - momentum) * (g - m)
-    u = orthogonalised(((1 - momentum) * g + momentum * m).reshape(-1, g.shape[-1]))
-    u *= math.sqrt(max(u.shape))
-    p -= lr * (u.reshape(p.shape) + decay * p)
-    ema += (1 - ema_decay) * (p - ema)
+    xp = array_module(*matrices)
+    wide = [g if g.shape[0] <= g.shape[1] else g.T for g in matrices]  # A is the smaller of the two squares
+    results: list[Array] = list(matrices)
+    for n in {len(x) for x in wide}:
+        places = [i for i, x in enumerate(wide) if len(x) == n]
+        A = xp.stack([wide[i] @ wide[i].T for i in places])
+        square = xp.trace(A, axis1=1, axis2=2)[:, None, None] + 1e-14  # |g|^2
+        A /= square
+        one = xp.eye(n, dtype=A.dtype)
+        product = one / xp.sqrt(square)
+        for _ in range(steps):
+            P = a * one + b * A + c * (A @ A)
+            product = P @ product
+            A = P @ A @ P
+        for i, each in zip(places, product, strict=True):
+            x = each @ wide[i]
+            results[i] = x if wide[i] is matrices[i] else x.T
+    return results
 
 
 @kernel
@@ -70,6 +66,13 @@ def adamw_update(
     v += (1 - beta2) * (g * g - v)
     denominator = array_module(p).sqrt(v / (1 - beta2**step)) + eps
     p -= lr * (m / (1 - beta1**step) / denominator + decay * p)
+    ema += (1 - ema_decay) * (p - ema)
+
+
+@kernel
+def descend(p: Array, u: Array, ema: Array, lr: float, decay: float, ema_decay: float) -> None:
+    """One step along u, in place: p <- p - lr (u + decay p),  ema <- ema + (1 - ema_decay) (p - ema)."""
+    p -= lr * (u + decay * p)
     ema += (1 - ema_decay) * (p - ema)
 
 
@@ -101,21 +104,16 @@ class AdamW:
         names = list(self.parameters)
         on_cpu = isinstance(self.parameters[names[0]].data, np.ndarray)
         threads = num_threads() if on_cpu else 1
-
-        def update_some(first: int) -> None:
-            for name in names[first::threads]:
-                self.update(name, lr, grads[name])
-
-        for _ in parallel_map(update_some, range(threads)):
+        for _ in parallel_map(lambda i: self._update(names[i::threads], lr, grads), range(threads)):
             pass
 
-    def update(self, name: str, lr: float, g: Array) -> None:
-        """Update one parameter and its average."""
-        p, n = self.parameters[name], self.step_number
-        adamw_update(
-            p.data, g, self.m[name], self.v[name], self.ema[name],
-            lr, *self.betas, self.eps, self._decay(p), n, self._ema_decay(),
-        )  # fmt: skip
+    def _update(self, names: Sequence[str], lr: float, grads: dict[str, Array]) -> None:
+        for name in names:
+            p = self.parameters[name]
+            adamw_update(
+                p.data, grads[name], self.m[name], self.v[name], self.ema[name],
+                lr, *self.betas, self.eps, self._decay(p), self.step_number, self._ema_decay(),
+            )  # fmt: skip
 
     def _decay(self, p: Parameter) -> float:
         return self.weight_decay if p.ndim > 1 else 0.0
@@ -129,16 +127,27 @@ class Muon(AdamW):
 
     AdamW lets the few directions in which a layer's gradient is large decide its step. Muon makes all directions of the
     step equally long, so that what shows faintly in the loss (here: the shapes, beside the colours) is learned too.
+    Its learning rate is `ratio` times AdamW's: it is the length of a step in every direction, not of every number.
+
+    m <- momentum m + (1 - momentum) g,  u = orthogonalised((1 - momentum) g + momentum m) sqrt(max(1, columns / rows))
+    p <- p - ratio lr u;  a kernel is the matrix (kh * kw * C_in, C_out). Jordan 2024, as for `orthogonalised`.
     """
 
     momentum = 0.95
+    ratio = 10.0
 
-    def update(self, name: str, lr: float, g: Array) -> None:
-        """Update one parameter and its average."""
-        p = self.parameters[name]
-        if p.ndim == 1 or not p.hidden:
-            return super().update(name, lr, g)
-        muon_update(p.data, g, self.m[name], self.ema[name], lr, self.momentum, self._decay(p), self._ema_decay())
+    def _update(self, names: Sequence[str], lr: float, grads: dict[str, Array]) -> None:
+        hidden = [name for name in names if self.parameters[name].hidden]
+        super()._update([name for name in names if not self.parameters[name].hidden], lr, grads)
+        directions = []
+        for name in hidden:
+            g, m = grads[name], self.m[name]
+            m += (1 - self.momentum) * (g - m)
+            directions.append(((1 - self.momentum) * g + self.momentum * m).reshape(-1, g.shape[-1]))
+        for name, u in zip(hidden, orthogonalised(directions), strict=True):
+            p = self.parameters[name]
+            u = u.reshape(p.shape) * math.sqrt(max(1, u.shape[1] / u.shape[0]))
+            descend(p.data, u, self.ema[name], self.ratio * lr, self._decay(p) / self.ratio, self._ema_decay())
 
 
 OPTIMIZERS = {"adamw": AdamW, "muon": Muon}

@@ -19,6 +19,7 @@ from minidiff.models import TextToImage
 from minidiff.random import Purpose, normal
 from minidiff.samplers import SamplerStep, ddim, ddpm, spaced_timesteps
 from minidiff.tensor import no_grad
+from minidiff.threads import num_threads, parallel_map
 
 
 def denoise(
@@ -52,12 +53,13 @@ def draw(
     model: TextToImage, captions: Sequence[str], settings: SampleConfig, seed: int = 0, batch: int = 64
 ) -> np.ndarray:
     """One image a caption, float32 (n, H, W, C), nominally in [-1, 1]."""
-    images = []
-    for first in range(0, len(captions), batch):
-        part = captions[first : first + batch]
-        *_, last = denoise(model, part, settings, seed, first)
-        images.append(to_numpy(model.decode(last.x_prev)))
-    return np.concatenate(images)
+
+    def draw_batch(first: int) -> np.ndarray:
+        *_, last = denoise(model, captions[first : first + batch], settings, seed, first)
+        return to_numpy(model.decode(last.x_prev))
+
+    threads = num_threads() if model.array_module is np else 1
+    return np.concatenate(list(parallel_map(draw_batch, range(0, len(captions), batch), threads)))
 
 
 def save_pictures(
