@@ -37,10 +37,10 @@ def orthogonalised(matrices: Sequence[Array], steps: int = 5) -> list[Array]:
     for n in {len(x) for x in wide}:
         places = [i for i, x in enumerate(wide) if len(x) == n]
         A = xp.stack([wide[i] @ wide[i].T for i in places])
-        square = xp.trace(A, axis1=1, axis2=2)[:, None, None] + 1e-14  # |g|^2
-        A /= square
+        norm = xp.sqrt(xp.trace(A, axis1=1, axis2=2))[:, None, None] + 1e-7  # |g|
+        A /= norm * norm
         one = xp.eye(n, dtype=A.dtype)
-        product = one / xp.sqrt(square)
+        product = one / norm
         for _ in range(steps):
             P = a * one + b * A + c * (A @ A)
             product = P @ product

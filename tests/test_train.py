@@ -32,7 +32,8 @@ from minidiff.train import (
 
 TINY = {
     "unet.channels": "8,16", "unet.norm_groups": "4", "unet.heads": "2,2", "text.width": "16", "text.layers": "1",
-    "train.batch": "4", "train.accumulate": "1", "train.minutes": "0", "train.steps": "8", "train.warmup": "2", "train.save_every": "3",
+    "train.batch": "4", "train.accumulate": "1", "train.minutes": "0",
+    "train.steps": "8", "train.warmup": "2", "train.save_every": "3",
     "train.sample_every": "0",
 }  # fmt: skip
 

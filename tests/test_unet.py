@@ -26,7 +26,6 @@ CONFIGS = {
         transformer_layers=(1, 2, 1, 1), linear_projection=True,
     ),
     "scale and shift": dict(time_scale_shift=True, in_channels=4, out_channels=5),
-    "pooled text": dict(pooled_text=True, time_scale_shift=True),
     "ddpm's details": dict(downsample_padding=0, sin_first=True, frequency_shift=1.0, norm_eps=1e-6),
 }  # fmt: skip
 
@@ -172,8 +171,6 @@ def test_the_text_reaches_every_cross_attention(config):
     wanted = sum(config.transformer_layers[i] * (2 * config.blocks + 1) for i in levels)
     assert len(values) == wanted + (config.transformer_layers[-1] if config.mid_attention == "cross" else 0)
     weights, other = [p.data for p in values], (tokens[::-1].copy(), mask)
-    if net.text_pooling is not None:
-        net.text_pooling.proj.weight.data[:] = 0
     for p in values:
         p.data = np.zeros_like(p.data)
     closed = change(net, x, t, (tokens, mask), t, other)
@@ -183,18 +180,6 @@ def test_the_text_reaches_every_cross_attention(config):
         opened.append(change(net, x, t, (tokens, mask), t, other))
         p.data = np.zeros_like(weight)
     assert closed == 0 and all(moved > 1e-6 for moved in opened), opened
-
-
-def test_the_pooled_text_is_the_mean_of_the_unmasked_tokens_and_fades_with_the_noise():
-    net, (x, _, (tokens, mask)) = randomised(tiny(pooled_text=True, timesteps=50)), inputs(tiny())
-    t = np.array([1, 26])
-    pooled = net.text_pooling(Tensor(tokens), mask, t).data
-    mean = np.stack([row[keep].mean(axis=0) for row, keep in zip(tokens, mask, strict=True)])
-    assert np.abs(pooled - net.text_pooling.proj(Tensor(mean)).data * [[1], [0.5**4]]).max() < 1e-12
-    all_seen, no_mask = (net.text_pooling(Tensor(tokens), m, t).data for m in (np.ones_like(mask), None))
-    assert np.abs(all_seen - no_mask).max() < 1e-12
-    with pytest.raises(ValueError, match="pools the text"):
-        net(x, t)
 
 
 def test_the_first_timestep_is_embedded_as_zero(config):

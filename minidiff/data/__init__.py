@@ -20,11 +20,18 @@ class DataConfig:
     name: str = field(default="shapes", metadata={"help": f"dataset: {', '.join(NAMES)}"})
     size: int = field(default=32, metadata={"help": "height and width of the images in pixels"})
 
+    ahead_first: float = field(
+        default=shapes.AHEAD_FIRST,
+        metadata={"help": "shapes: the share of training captions that name the upper or left object first"},
+    )
+
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ValueError(f"data.name: {self.name!r} is not one of {', '.join(NAMES)}")
         if self.size not in (16, 32):
             raise ValueError(f"data.size: shapes are drawn at 16 or 32 pixels, got {self.size}")
+        if not 0.5 <= self.ahead_first <= 1:
+            raise ValueError(f"data.ahead_first must be in 0.5..1, got {self.ahead_first}")
 
 
 class Dataset(Protocol):
@@ -47,15 +54,17 @@ class Shapes:
 
     words = shapes.VOCABULARY
 
-    def __init__(self, size: int, seed: int):
-        self.image_shape = (size, size, 3)
+    def __init__(self, config: DataConfig, seed: int):
+        self.image_shape = (config.size, config.size, 3)
+        self.ahead_first = config.ahead_first
         self.seed = seed
 
     def batch(self, step: int, size: int) -> tuple[np.ndarray, list[str]]:
         """The scenes of this step."""
-        return shapes.batch(size, np.random.default_rng((self.seed, step)), "train", self.image_shape[0])
+        rng = np.random.default_rng((self.seed, step))
+        return shapes.batch(size, rng, "train", self.image_shape[0], ahead_first=self.ahead_first)
 
 
 def open_data(config: DataConfig, seed: int) -> Dataset:
     """The dataset that the settings name."""
-    return Shapes(config.size, seed)
+    return Shapes(config, seed)

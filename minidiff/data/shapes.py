@@ -147,9 +147,16 @@ def _split_pairs() -> dict[str, np.ndarray]:
 PAIRS = _split_pairs()
 
 
-def draw_scenes(n: int, rng: np.random.Generator, split: str = "train", objects: int | None = None) -> list[Scene]:
+def draw_scenes(
+    n: int,
+    rng: np.random.Generator,
+    split: str = "train",
+    objects: int | None = None,
+    ahead_first: float = AHEAD_FIRST,
+) -> list[Scene]:
     """Draw n scenes; "val" and "test" hold the pairs of (colour, shape) types that "train" never shows.
 
+    In "train" the upper or left of two objects comes first in a share `ahead_first`, 1/2..1, of the scenes.
     `objects` forces one or two objects a scene. Without it 80% of the scenes in "train" have two, and all in
     the other splits. Raises ValueError for an unknown split, or for a single object outside "train".
     """
@@ -177,16 +184,16 @@ def draw_scenes(n: int, rng: np.random.Generator, split: str = "train", objects:
         )
         for t, s, c, r, alone in zip(*columns, strict=True)
     ]
-    return _name_ahead_first(scenes, rng) if split == "train" else scenes
+    return _name_ahead_first(scenes, rng, ahead_first) if split == "train" else scenes
 
 
-def _name_ahead_first(scenes: list[Scene], rng: np.random.Generator) -> list[Scene]:
+def _name_ahead_first(scenes: list[Scene], rng: np.random.Generator, share: float) -> list[Scene]:
     """The same scenes, more of them beginning with the upper or left object, as people tend to begin.
 
     Were both orders equally common, neither a word's place in the caption nor "above" or "below" alone would tell
     anything of where its object is: only all three together would. Such a parity has no slope to begin learning on.
     """
-    turn = (rng.random(len(scenes)) < 2 * AHEAD_FIRST - 1).tolist()
+    turn = (rng.random(len(scenes)) < 2 * share - 1).tolist()
     return [
         Scene(scene.objects[::-1])
         if t and len(scene.objects) == 2 and _relation(*scene.objects) in ("below", "right of")
@@ -335,10 +342,15 @@ def _paint(images: np.ndarray, shape: str, things: list[tuple[int, Object]]) -> 
 
 
 def batch(
-    n: int, rng: np.random.Generator, split: str = "train", size: int = SIDE, objects: int | None = None
+    n: int,
+    rng: np.random.Generator,
+    split: str = "train",
+    size: int = SIDE,
+    objects: int | None = None,
+    ahead_first: float = AHEAD_FIRST,
 ) -> tuple[np.ndarray, list[str]]:
     """n pictures, float32 (n, size, size, 3), and their captions; see `draw_scenes` for the arguments."""
-    scenes = draw_scenes(n, rng, split, objects)
+    scenes = draw_scenes(n, rng, split, objects, ahead_first)
     return render(scenes, size), [caption(scene, rng) for scene in scenes]
 
 

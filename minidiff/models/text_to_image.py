@@ -89,10 +89,7 @@ class TextToImage(Module):
         self.image_shape = image_shape
         self.latent_shape = (H // p, W // p, channels)
         self.text_encoder = TextEncoder(replace(text, vocabulary=len(self.tokenizer)), seed=None)
-        fitted = replace(
-            unet, in_channels=channels, out_channels=channels, text_width=text.width, timesteps=diffusion.T
-        )
-        self.unet = UNet(fitted, seed=None)
+        self.unet = UNet(replace(unet, in_channels=channels, out_channels=channels, text_width=text.width), seed=None)
         if seed is not None:
             self.initialise(seed)
 

@@ -46,10 +46,6 @@ class UNetConfig:
         default=(1, 1, 1), metadata={"help": "transformer blocks in one cross attention"}
     )
     text_width: int = field(default=128, metadata={"help": "width of the text tokens"})
-    pooled_text: bool = field(
-        default=False, metadata={"help": "add the mean of the text tokens, at low noise, to the timestep embedding"}
-    )
-    timesteps: int = field(default=1000, metadata={"help": "T: the noise level at which pooled text has faded to none"})
     linear_projection: bool = field(default=False, metadata={"help": "linear instead of 1x1 conv around transformers"})
     norm_groups: int = field(default=32, metadata={"help": "groups of every GroupNorm"})
     norm_eps: float = field(default=1e-5, metadata={"help": "epsilon of the residual blocks' GroupNorm"})
@@ -93,28 +89,6 @@ class TimeEmbedding(Module):
         waves = ops.timestep_embedding(t - 1, self.base, self.sin_first, self.shift)
         weight = self.linear_1.weight.data
         return self.linear_2(ops.silu(self.linear_1(Tensor(array_module(weight).asarray(waves, dtype=weight.dtype)))))
-
-
-class TextPooling(Module):
-    """The caption as one vector, the mean of its tokens, which reaches every residual block beside the timestep.
-
-    Each block can then draw, say, its edges after the words "circle" or "square". At high noise the vector fades as
-    (1 - (t - 1) / T)^4: there the picture is composed, and a network that is told all words at once is slow to learn,
-    through cross-attention, which word belongs where (benchmarks/bench_recipes.py has it without the fading).
-    Saharia et al. 2022 (Imagen), arXiv 2205.11487, pool the text in this way at every t.
-    """
-
-    def __init__(self, config: UNetConfig):
-        self.proj = Linear(config.text_width, 4 * config.channels[0])
-        self.T = config.timesteps
-
-    def forward(self, tokens: Tensor, mask: Array | None, t: Array) -> Tensor:
-        """tokens (B, L, D), mask (B, L), False on padding, or None, t (B,) from 1 -> (B, 4 * channels[0])."""
-        xp, D = array_module(tokens.data), tokens.dtype
-        seen = xp.ones(tokens.shape[:2], bool) if mask is None else mask
-        share = (seen / seen.sum(axis=1, keepdims=True)).astype(D)[..., None]
-        fading = ((1 - (xp.asarray(t, dtype="float64") - 1) / self.T) ** 4).astype(D)[:, None]
-        return self.proj((tokens * share).sum(axis=1)) * fading
 
 
 class ResBlock(Module):
@@ -347,7 +321,6 @@ class UNet(Module):
         self.checkpointing = False
         self.conv_in = Conv2d(config.in_channels, config.channels[0])
         self.time_embedding = TimeEmbedding(config)
-        self.text_pooling = TextPooling(config) if config.pooled_text else None
         self.down_blocks = [DownBlock(level, config) for level in levels]
         self.mid_block = MidBlock(config)
         self.up_blocks = [UpBlock(level, config) for level in reversed(levels)]
@@ -364,13 +337,7 @@ class UNet(Module):
         t = xp.asarray(t)
         self._check(x, t)
         tokens, mask = (None, None) if cond is None else (as_tensor(cond[0]), cond[1])
-        t = xp.broadcast_to(t, x.shape[:1])
-        emb = self.time_embedding(t)
-        if self.text_pooling is not None:
-            if tokens is None:
-                raise ValueError("this U-Net pools the text: it needs cond = (tokens, mask)")
-            emb = emb + self.text_pooling(tokens, mask, t)
-        emb = ops.silu(emb)
+        emb = ops.silu(self.time_embedding(xp.broadcast_to(t, x.shape[:1])))
         run = _checkpointed if self.checkpointing else _plainly
 
         x = self.conv_in(x)
