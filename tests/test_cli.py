@@ -96,11 +96,12 @@ def test_sample_writes_a_grid_with_its_settings(capsys, run, tmp_path):
 
 def test_sample_writes_separate_pictures(run, tmp_path):
     out = tmp_path / "pictures"
-    command = ["sample", "a red circle", "a blue square", "--run", run, "--sample.steps=3", "--out", out]
+    command = ["sample", "a red circle", "a blue square", "--run", run, "--sample.steps=3", "--sample.guidance=2.5"]
+    command += ["--out", out]
     assert main(list(map(str, command))) == 0
     assert sorted(p.name for p in out.iterdir()) == ["0000.png", "0001.png"]
     picture = Image.open(out / "0001.png")
-    assert picture.size == (32, 32) and picture.text["prompt"] == "a blue square" and picture.text["guidance"] == "3.0"
+    assert picture.size == (32, 32) and picture.text["prompt"] == "a blue square" and picture.text["guidance"] == "2.5"
     assert [p.name for p in tmp_path.iterdir()] == ["pictures"]
 
 
