@@ -23,7 +23,7 @@ from minidiff.evaluate import SCORES, evaluate
 from minidiff.models import parameter_count
 from minidiff.train import averaged_weights, new_state, set_steps_from_minutes, train
 
-GUIDANCE = (1.0, 2.0, 4.0)
+GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 RECIPES: dict[str, dict[str, str]] = {
     "preset": {},
     "AdamW alone": {"train.optimizer": "adamw"},
