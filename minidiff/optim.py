@@ -27,8 +27,8 @@ def orthogonalised(matrices: Sequence[Array], steps: int = 5) -> list[Array]:
 
     Newton and Schulz's iteration in products alone, X <- P X with P = a + b A + c A^2 and A = X X^T, moves every
     singular value s to a s + b s^3 + c s^5. As A and P commute, the small square matrices are enough: A <- P^2 A, and
-    the product of all P meets g once, at the end. Those of one size are iterated together, because in NumPy many small
-    products cost more than their numbers. Coefficients: Jordan 2024, "Muon: an optimizer for hidden layers".
+    the product of all P meets g once, at the end. Those of one size are iterated together. Coefficients: Jordan 2024,
+    "Muon: an optimizer for hidden layers".
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     xp = array_module(*matrices)
@@ -102,9 +102,8 @@ class AdamW:
         """Update every parameter and its average from its gradient."""
         self.step_number += 1
         names = list(self.parameters)
-        on_cpu = isinstance(self.parameters[names[0]].data, np.ndarray)
-        threads = num_threads() if on_cpu else 1
-        for _ in parallel_map(lambda i: self._update(names[i::threads], lr, grads), range(threads)):
+        threads = num_threads(array_module(self.parameters[names[0]].data))
+        for _ in parallel_map(lambda i: self._update(names[i::threads], lr, grads), range(threads), threads):
             pass
 
     def _update(self, names: Sequence[str], lr: float, grads: dict[str, Array]) -> None:
@@ -126,11 +125,12 @@ class Muon(AdamW):
     """Muon for the matrices and kernels between a network's first and last layers, AdamW for everything else.
 
     AdamW lets the few directions in which a layer's gradient is large decide its step. Muon makes all directions of the
-    step equally long, so that what shows faintly in the loss (here: the shapes, beside the colours) is learned too.
+    step equally long, so that what shows faintly in the gradient is not left to the end.
     Its learning rate is `ratio` times AdamW's: it is the length of a step in every direction, not of every number.
 
     m <- momentum m + (1 - momentum) g,  u = orthogonalised((1 - momentum) g + momentum m) sqrt(max(1, columns / rows))
-    p <- p - ratio lr u;  a kernel is the matrix (kh * kw * C_in, C_out). Jordan 2024, as for `orthogonalised`.
+    p <- p - ratio lr u - lr decay p;  a kernel is the matrix (kh * kw * C_in, C_out).
+    Jordan 2024, as for `orthogonalised`.
     """
 
     momentum = 0.95

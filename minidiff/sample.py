@@ -58,7 +58,7 @@ def draw(
         *_, last = denoise(model, captions[first : first + batch], settings, seed, first)
         return to_numpy(model.decode(last.x_prev))
 
-    threads = num_threads() if model.array_module is np else 1
+    threads = num_threads(model.array_module)
     return np.concatenate(list(parallel_map(draw_batch, range(0, len(captions), batch), threads)))
 
 

@@ -12,8 +12,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from types import ModuleType
 from typing import TypeVar
 
+import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from minidiff.errors import UserError
@@ -22,8 +24,10 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-def num_threads() -> int:
-    """MINIDIFF_NUM_THREADS, or else the number of cores that this process may use."""
+def num_threads(xp: ModuleType = np) -> int:
+    """MINIDIFF_NUM_THREADS, or else the number of cores that this process may use; 1 for work on CuPy's arrays."""
+    if xp is not np:
+        return 1
     wanted = os.environ.get("MINIDIFF_NUM_THREADS", "")
     if wanted:
         if not wanted.isdecimal() or int(wanted) < 1:
@@ -37,10 +41,10 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def parallel_map(call: Callable[[A], B], items: Iterable[A], threads: int | None = None) -> Iterator[B]:
-    """call(item) for each item, in the items' order, in up to `threads` threads (num_threads() unless given)."""
+def parallel_map(call: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+    """call(item) for each item, in the items' order, in up to `threads` threads."""
     items = list(items)
-    threads = min(num_threads() if threads is None else threads, len(items))
+    threads = min(threads, len(items))
     if threads < 2:
         yield from map(call, items)
         return

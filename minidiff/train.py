@@ -81,19 +81,24 @@ def new_state(config: Config) -> TrainState:
 
 def _state(config: Config, words: Any, image_shape: Any, seed: int | None) -> TrainState:
     try:
-        model = TextToImage(config.unet, config.text, config.diffusion, words, tuple(image_shape), seed)
+        model = _model(config, words, image_shape, seed)
     except ValueError as e:
         raise UserError(str(e)) from e
     try:
         model.to(config.train.device)
     except ValueError as e:
         raise UserError(f"train.device: {e}") from e
-    model.unet.checkpointing = config.train.checkpointing
     c = config.train
     optimizer = OPTIMIZERS[c.optimizer](
         dict(model.named_parameters()), (c.beta1, c.beta2), weight_decay=c.weight_decay, ema_decay=c.ema_decay
     )
     return TrainState(config, model, optimizer)
+
+
+def _model(config: Config, words: Any, image_shape: Any, seed: int | None) -> TextToImage:
+    model = TextToImage(config.unet, config.text, config.diffusion, words, tuple(image_shape), seed)
+    model.unet.checkpointing = config.train.checkpointing
+    return model
 
 
 def save_state(state: TrainState, path: Path) -> None:
@@ -190,8 +195,9 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
     def draw(step: int) -> list[Batch]:
         return [draw_batch(state, data, step, part) for part in range(c.accumulate)]
 
-    threads = min(num_threads(), c.accumulate) if c.device == "cpu" else 1
-    models = [state.model, *(_copy(state) for _ in range(threads - 1))]
+    threads = min(num_threads(state.model.array_module), c.accumulate)
+    copy_of = state.config, state.model.tokenizer.words, state.model.image_shape
+    models = [state.model, *(_model(*copy_of, seed=None) for _ in range(threads - 1))]
     with ThreadPoolExecutor(1, "data") as pool:
         upcoming = pool.submit(draw, state.step + 1)
         while state.step < state.config.train.steps:
@@ -221,7 +227,8 @@ def loss_and_gradients(models: Sequence[TextToImage], batches: Sequence[Batch]) 
     """
     free = SimpleQueue[TextToImage]()
     for model in models:
-        model.load(models[0].state())
+        if model is not models[0]:
+            model.load(models[0].state())
         free.put(model)
 
     def one_pass(batch: Batch) -> tuple[float, dict[str, Any]]:
@@ -247,14 +254,6 @@ def _pass(model: TextToImage, batch: Batch, weight: float) -> tuple[float, dict[
     for p in parameters.values():
         p.grad = None
     return loss.item(), grads
-
-
-def _copy(state: TrainState) -> TextToImage:
-    """A model of the same configuration, still empty."""
-    c, model = state.config, state.model
-    copy = TextToImage(c.unet, c.text, c.diffusion, model.tokenizer.words, model.image_shape, seed=None)
-    copy.unet.checkpointing = c.train.checkpointing
-    return copy
 
 
 def _not_finite(step: int, loss: float, grads: dict[str, Any]) -> str:
