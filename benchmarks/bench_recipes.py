@@ -19,9 +19,10 @@ from common import results_path, write_json
 
 from minidiff.config import load_config
 from minidiff.data import open_data
-from minidiff.evaluate import SCORES, evaluate
+from minidiff.data.shapes import SCORES
+from minidiff.evaluate import evaluate
 from minidiff.models import parameter_count
-from minidiff.train import averaged_weights, new_state, set_steps_from_minutes, train
+from minidiff.train import averaged_weights, new_state, train
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 RECIPES: dict[str, dict[str, str]] = {
@@ -53,8 +54,6 @@ def measure(changes: dict[str, str], minutes: float, n: int) -> dict[str, Any]:
     losses = []
     for log in train(state, open_data(config.data, config.train.seed)):
         losses.append(log.loss)
-        if log.step == config.train.warmup // 2:
-            set_steps_from_minutes(state)
     with averaged_weights(state) as model:
         settings = {w: replace(config.sample, guidance=w, steps=25) for w in GUIDANCE}
         scores = {w: evaluate(model, settings[w], n, split="val").scores for w in GUIDANCE}

@@ -16,9 +16,9 @@ from common import device, results_path, write_json
 from minidiff import plotting
 from minidiff.config import config_to_dict, load_config
 from minidiff.data import open_data
-from minidiff.evaluate import SCORES, evaluate, summary
+from minidiff.evaluate import evaluate, summary
 from minidiff.models import parameter_count
-from minidiff.train import averaged_weights, new_state, set_steps_from_minutes, train
+from minidiff.train import averaged_weights, new_state, train
 
 
 def main() -> None:
@@ -35,10 +35,8 @@ def main() -> None:
     records = []
     started = time.time()
     for log in train(state, open_data(config.data, config.train.seed)):
-        if log.step == config.train.warmup // 2:
-            set_steps_from_minutes(state)
         done = log.step == state.config.train.steps
-        if marks and (log.minutes >= marks[0] or done):
+        if done or (marks and log.minutes >= marks[0]):
             marks = [m for m in marks if m > log.minutes]
             with averaged_weights(state) as model:
                 result = evaluate(model, config.sample, args.n)
@@ -54,7 +52,7 @@ def main() -> None:
             }
             write_json("training_curve", record)
             title = f"Held-out two-object captions (n={args.n}), {device()['cores']} CPU cores, NumPy"
-            figure = plotting.score_curve(records, result.chance, title=title, names=SCORES)
+            figure = plotting.score_curve(records, result.chance, title=title)
             plotting.save(figure, results_path("training_curve", "png"))
 
 

@@ -43,13 +43,17 @@ def to_numpy(array: Array) -> np.ndarray:
 
 
 def device_module(device: str) -> ModuleType:
-    """The array module of a device: numpy for "cpu", cupy for "cuda". Raises ValueError where CuPy is missing."""
+    """The array module of a device: numpy for "cpu", cupy for "cuda"; ValueError without CuPy or a GPU."""
     if device == "cpu":
         return np
     try:
         import cupy
     except ImportError as e:
         raise ValueError(f"'cuda' needs CuPy, which is not installed here ({e}); see: minidiff doctor") from e
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except RuntimeError as e:
+        raise ValueError(f"'cuda' needs an NVIDIA GPU, and CuPy finds none ({e}); see: minidiff doctor") from e
     return cupy
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from minidiff import __version__
 from minidiff.errors import UserError
@@ -17,9 +17,8 @@ DEMO_RUN = "runs/demo"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors of the user's are one sentence on stderr and status 1."""
-    parser = _parser()
-    args, unknown = parser.parse_known_args(arguments)
     try:
+        args, unknown = _parser().parse_known_args(arguments)
         if unknown:
             raise UserError(_unknown_flag(unknown[0]))
         return args.command(args)
@@ -32,6 +31,16 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # e.g. `minidiff train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as e:
+        print(f"minidiff: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse, with its errors as one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _unknown_flag(flag: str) -> str:
@@ -44,7 +53,7 @@ def _unknown_flag(flag: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     from minidiff.config import SECTIONS, presets
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="minidiff",
         description="Text-to-image diffusion, written out from scratch.",
         epilog="minidiff COMMAND --help tells more. Start with: minidiff train shapes --out runs/first",
@@ -81,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         help="draw pictures of captions",
         description="Draw one picture or several of each caption with a trained model. The prompt, the seed and all "
         "settings are written into the PNG.",
-        epilog='Example: minidiff sample "a red circle above a blue square" --count 4 --sample.guidance 5',
+        epilog='Example: minidiff sample "a red circle above a blue square" --count 4 --sample.guidance 2',
     )
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to draw; "" is the unconditional input')
     p.add_argument("--run", default=DEMO_RUN, metavar="FOLDER", help="the run whose model draws (default: %(default)s)")
@@ -126,10 +135,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser, sections: dict[str, type], default_holds: str) -> None:
     """One flag --section.field for every setting; the values are checked by config.py."""
+    from minidiff.config import DECIDED
+
     for section, kind in sections.items():
         group = parser.add_argument_group(f"{section} settings", kind.__doc__)
         hints = get_type_hints(kind)
         for f in fields(kind):
+            if f.name in DECIDED.get(section, ()):
+                continue
             value = f.default if f.default is not MISSING else None
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
             name = getattr(hints[f.name], "__name__", "value")
@@ -183,31 +196,20 @@ def _begun(args: argparse.Namespace) -> tuple[Any, Path]:
 
 def _resumed(args: argparse.Namespace) -> tuple[Any, Path]:
     from minidiff.checkpoint import FILE
-    from minidiff.config import config_from_dict, config_to_dict
     from minidiff.train import load_state
 
     if args.preset or args.out:
         raise UserError("--resume goes on with a run as it is: name neither a preset nor --out beside it")
     folder = Path(args.resume)
-    state = load_state(folder / FILE)
-    given = _overrides(args)
-    other = [name for name in given if not name.startswith(("train.", "sample."))]
-    if other:
-        raise UserError(f"--{other[0]} cannot change in a run that has begun; start another run with --out")
-    tables = config_to_dict(state.config)
-    for name, value in given.items():
-        section, _, key = name.partition(".")
-        tables[section][key] = value
-    state.config = config_from_dict(tables, "the command line")
-    return state, folder
+    return load_state(folder / FILE, _overrides(args)), folder
 
 
 def _sample(args: argparse.Namespace) -> int:
     from minidiff.sample import draw, save_pictures
     from minidiff.train import load_model
 
-    if args.count < 1 or args.seed < 0:
-        raise UserError("--count must be at least 1 and --seed not negative")
+    if args.count < 1 or not 0 <= args.seed < 2**64:
+        raise UserError("--count must be at least 1 and --seed in 0..2^64 - 1")
     model, config = load_model(args.run, _weights(args), args.device)
     settings = _sample_settings(config, args)
     for prompt in args.prompts:
@@ -241,8 +243,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from minidiff.evaluate import evaluate, summary, write_report
     from minidiff.train import load_model
 
-    if args.n < 1 or args.seed < 0:
-        raise UserError("--n must be at least 1 and --seed not negative")
+    if args.n < 1 or not 0 <= args.seed < 2**64:
+        raise UserError("--n must be at least 1 and --seed in 0..2^64 - 1")
     model, config = load_model(args.run, _weights(args), args.device)
     if config.data.name != "shapes":
         raise UserError(f"{args.run} was trained on {config.data.name}; only shapes has a checker")
@@ -250,7 +252,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     result = evaluate(model, settings, args.n, args.seed, args.split)
     if not args.no_pictures:
         about = {"split": args.split, "seed": args.seed, "weights": args.weights, "sample": vars(settings)}
-        for path in write_report(model, settings, result, Path(args.run), about, args.seed):
+        folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+        for path in write_report(model, settings, result, folder, about, args.seed):
             print(path)
     print(summary(result))
     return 0
@@ -262,11 +265,9 @@ def _weights(args: argparse.Namespace) -> str:
 
 def _sample_settings(config: Any, args: argparse.Namespace) -> Any:
     """The run's own sample settings, with those given on the command line."""
-    from minidiff.config import config_from_dict
+    from minidiff.config import with_overrides
 
-    given = {name.partition(".")[2]: value for name, value in _overrides(args).items()}
-    parsed = config_from_dict({"sample": given}, "the command line").sample
-    return replace(config.sample, **{name: getattr(parsed, name) for name in given})
+    return with_overrides(config, _overrides(args), "the command line").sample
 
 
 def _doctor(args: argparse.Namespace) -> int:

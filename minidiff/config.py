@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 from dataclasses import dataclass, field
 from importlib import resources
@@ -14,9 +15,10 @@ import tomli_w
 
 from minidiff.data import DataConfig
 from minidiff.errors import UserError
-from minidiff.models import DiffusionConfig, TextEncoderConfig, UNetConfig
+from minidiff.models import TextEncoderConfig, UNetConfig
 from minidiff.optim import OPTIMIZERS
 from minidiff.samplers import SAMPLERS
+from minidiff.text_to_image import DiffusionConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,7 +33,7 @@ class TrainConfig:
     steps: int = field(default=10000, metadata={"help": "optimizer steps"})
     minutes: float = field(
         default=0.0,
-        metadata={"help": "if not 0, `steps` is set to what fits into these minutes, measured during warm-up"},
+        metadata={"help": "minutes of training in all; if not 0, they decide `steps`, once warm-up shows the speed"},
     )
     batch: int = field(default=64, metadata={"help": "images in one forward pass"})
     accumulate: int = field(default=1, metadata={"help": "forward passes whose gradients make one step"})
@@ -73,9 +75,14 @@ class TrainConfig:
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} must be positive, got {getattr(self, name)}")
-        for name in ("drop_caption", "ema_decay", "beta1", "beta2"):
+        for name in ("drop_caption", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train.{name} must be in 0..1, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 0 and less than 1, got {getattr(self, name)}")
+        if self.seed >= 2**64:
+            raise ValueError(f"train.seed must be less than 2^64, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,12 @@ class SampleConfig:
 
     sampler: str = field(default="ddim", metadata={"help": f"one of {', '.join(SAMPLERS)}"})
     steps: int = field(default=50, metadata={"help": "sampling steps, 1..T"})
-    guidance: float = field(default=3.0, metadata={"help": "guidance scale w: 1 is none, 0 ignores the caption"})
+    guidance: float = field(default=1.5, metadata={"help": "guidance scale w: 1 is none, 0 ignores the caption"})
     eta: float = field(default=0.0, metadata={"help": "ddim: 0 deterministic .. 1 as much noise as ddpm"})
+    sigma: str = field(
+        default="small",
+        metadata={"help": "ddpm: deviation of the fresh noise, small (posterior's) or large (beta's)"},
+    )
     clip: bool = field(default=True, metadata={"help": "hold the predicted image within [-1, 1]"})
 
     def __post_init__(self) -> None:
@@ -95,6 +106,12 @@ class SampleConfig:
             raise ValueError(f"sample.steps must be at least 1, got {self.steps}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"sample.eta must be in 0..1, got {self.eta}")
+        if self.sigma not in ("small", "large"):
+            raise ValueError(f"sample.sigma: {self.sigma!r} is neither small nor large")
+        if self.sampler != "ddim" and self.eta:
+            raise ValueError(f"sample.eta is ddim's; {self.sampler} has none")
+        if self.sampler != "ddpm" and self.sigma != "small":
+            raise ValueError(f"sample.sigma is ddpm's; {self.sampler} has none")
 
 
 @dataclass(frozen=True)
@@ -108,8 +125,22 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
+    def __post_init__(self) -> None:
+        if self.sample.steps > self.diffusion.T:
+            raise ValueError(f"sample.steps: the number of sampling steps must be in 1..{self.diffusion.T}")
+        pixels = self.diffusion.patch * 2 ** (len(self.unet.channels) - 1)
+        if self.data.size % pixels:
+            raise ValueError(
+                f"data.size: {self.data.size} pixels do not divide by {pixels}, which patches of "
+                f"{self.diffusion.patch} and {len(self.unet.channels)} levels of the U-Net ask for"
+            )
+
 
 SECTIONS: dict[str, type] = {f.name: get_type_hints(Config)[f.name] for f in dataclasses.fields(Config)}
+
+
+DECIDED = {"unet": ("in_channels", "out_channels", "text_width"), "text": ("vocabulary",)}
+"""Sizes that are not chosen: a run's config records what they came to."""
 
 
 def presets() -> list[str]:
@@ -120,7 +151,8 @@ def presets() -> list[str]:
 def load_config(preset: str, overrides: dict[str, Any] | None = None) -> Config:
     """A preset's name, or the path of a TOML file, and overrides {"section.field": value} -> the resolved Config.
 
-    Raises UserError on an unknown preset, section or field, and on a value that its field does not take.
+    Raises UserError on an unknown preset, section or field, and on a value that its field does not take. Given steps
+    without minutes, the preset's minutes do not hold.
     """
     if preset in presets():
         text = resources.files("minidiff.configs").joinpath(f"{preset}.toml").read_text()
@@ -132,10 +164,26 @@ def load_config(preset: str, overrides: dict[str, Any] | None = None) -> Config:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
         raise UserError(f"{preset} is not valid TOML: {e}") from e
-    for name, value in (overrides or {}).items():
+    return _overridden(tables, overrides or {}, preset)
+
+
+def with_overrides(config: Config, overrides: dict[str, Any], source: str) -> Config:
+    """The Config with {"section.field": value} in place of its own; raises UserError as `load_config` does."""
+    return _overridden(config_to_dict(config), overrides, source)
+
+
+def _overridden(tables: dict[str, Any], overrides: dict[str, Any], source: str) -> Config:
+    for name, value in overrides.items():
         section, _, key = name.partition(".")
+        if key in DECIDED.get(section, ()):
+            raise UserError(f"{name} follows from the data and the other settings; leave it out")
         tables.setdefault(section, {})[key] = value
-    return config_from_dict(tables, preset)
+    if "train.steps" in overrides and "train.minutes" not in overrides:
+        tables["train"]["minutes"] = 0.0
+    config = config_from_dict(tables, source)
+    if "train.steps" in overrides and config.train.minutes:
+        raise UserError("give train.steps or train.minutes, not both")
+    return config
 
 
 def config_from_dict(tables: dict[str, Any], source: str) -> Config:
@@ -156,7 +204,10 @@ def config_from_dict(tables: dict[str, Any], source: str) -> Config:
             parts[section] = SECTIONS[section](**converted)
         except ValueError as e:
             raise UserError(f"{source}: {e}") from e
-    return Config(**parts)
+    try:
+        return Config(**parts)
+    except ValueError as e:
+        raise UserError(f"{source}: {e}") from e
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -184,11 +235,13 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     if kind in (int, float) and isinstance(value, str):
         try:
-            return kind(value)
+            value = kind(value)
         except ValueError:
             raise UserError(f"{where} wants {wanted}, got {value!r}") from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} wants a finite number, got {value}")
     if type(value) is not kind:
         raise UserError(f"{where} wants {wanted}, got {value!r}")
     return value

@@ -1,8 +1,9 @@
 """The equations of diffusion, each once, in the papers' symbols. They take t and eps as arguments and draw nothing.
 
-Shapes: images x0, x_t and noise eps are (B, H, W, C) or any (B, ...); t is a whole number in 1..T or an array (B,) of
-them. `t_prev=None` means t - 1; any smaller t_prev gives the same equation over a longer step, with
-alpha = alpha_bar[t] / alpha_bar[t_prev] and beta = 1 - alpha.
+Shapes: images x0, x_t and noise eps are (B, H, W, C) or any (B, ...); t is a number in 0..T or an array (B,) of them;
+between the whole numbers lie the levels that `Schedule.alpha_bar_at` interpolates. `t_prev=None` means t - 1; any
+smaller t_prev gives the same equation over a longer step, with alpha = alpha_bar[t] / alpha_bar[t_prev] and
+beta = 1 - alpha.
 
 DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2020, arXiv 2010.02502. v: Salimans and Ho 2022, arXiv
 2202.00512. Guidance: Ho and Salimans 2022, arXiv 2207.12598.
@@ -233,7 +234,7 @@ class DenoiseStep(NamedTuple):
     """One reverse step in its seven parts; x_prev = (x_t - removed) / sqrt(alpha_t) + added."""
 
     x_t: Array  # 1. the noisy image (B, H, W, C)
-    t_emb: Array | None  # 2. the timestep as a vector (B, D), as the model's blocks receive it
+    t_emb: Array | None  # 2. the timestep as a vector (B, D), before the blocks' SiLU
     cond: Any  # 3. the text conditioning (tokens, mask)
     eps: Array  # 4. the guided noise prediction
     removed: Array  # 5. the scaled noise removed, beta_t / sqrt(1 - alpha_bar_t) * eps
@@ -244,13 +245,13 @@ class DenoiseStep(NamedTuple):
 def denoise_step(
     model: Model,
     x_t: Array,
-    t: int,
+    t: float,
     cond: Any,
     uncond: Any,
     w: float,
     z: Array | None,
     schedule: Schedule,
-    t_prev: int | None = None,
+    t_prev: float | None = None,
     sigma_kind: str = "small",
     clip: float | None = None,
 ) -> DenoiseStep:
@@ -273,7 +274,7 @@ def denoise_step(
     return DenoiseStep(x_t, _time_embedding(model, x_t, t), cond, eps, removed, added, x_prev)
 
 
-def _time_embedding(model: Model, x_t: Array, t: int) -> Array | None:
+def _time_embedding(model: Model, x_t: Array, t: float) -> Array | None:
     embed = getattr(model, "time_embedding", None)
     if embed is None:
         return None

@@ -39,9 +39,9 @@ def _blas() -> str:
 def _cupy() -> str:
     if importlib.util.find_spec("cupy") is None:
         return "not installed (only needed for an NVIDIA GPU: pip install cupy-cuda13x, or cupy-cuda12x)"
-    import cupy
-
     try:
+        import cupy
+
         return f"{cupy.__version__}, {cupy.cuda.runtime.getDeviceCount()} GPU(s)"
-    except cupy.cuda.runtime.CUDARuntimeError as e:
-        return f"{cupy.__version__}, but no usable GPU ({e})"
+    except (ImportError, RuntimeError) as e:  # CUDARuntimeError is a RuntimeError
+        return f"installed, but no usable GPU ({e})"

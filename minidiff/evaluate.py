@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from minidiff import plotting
+from minidiff.backend import to_numpy
 from minidiff.config import SampleConfig
 from minidiff.data import shapes
-from minidiff.models import TextToImage
 from minidiff.sample import denoise, draw
+from minidiff.text_to_image import TextToImage
 from minidiff.train import LOG, TrainState, averaged_weights, read_log
 
 GUIDANCE_SCALES = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0)
 GRID = 24  # captions in the grid of an evaluation
-SCORES = ("colours", "shapes", "sizes", "relation", "all_right")
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,15 @@ def evaluate(
     """
     captions = shapes.held_out_captions(n, seed, split)
     images = draw(model, captions, settings, seed)
-    scores = shapes.score(images, captions)
-    readings = shapes.read_scenes(images)
-    verdicts = [shapes.compare(r, c).all_right for r, c in zip(readings, captions, strict=True)]
-    return Evaluation(captions, images, verdicts, scores, shapes.chance(n, seed, split))
+    verdicts = shapes.judge(images, captions)
+    right = [v.all_right for v in verdicts]
+    return Evaluation(captions, images, right, shapes.score(verdicts), shapes.chance(n, seed, split))
 
 
 def summary(e: Evaluation) -> str:
     """The scores as a small table; its last line is the share of captions that are fully right."""
     rows = [f"{'':>12}  right   chance"]
-    rows += [f"{name.replace('_', ' '):>12}  {e.scores[name]:6.1%}  {e.chance[name]:6.1%}" for name in SCORES]
+    rows += [f"{name.replace('_', ' '):>12}  {e.scores[name]:6.1%}  {e.chance[name]:6.1%}" for name in shapes.SCORES]
     rows.append(f"held-out captions fully right: {e.scores['all_right']:.1%} (n={len(e.captions)})")
     return "\n".join(rows)
 
@@ -82,8 +81,9 @@ def filmstrip(model: TextToImage, caption: str, settings: SampleConfig, seed: in
     steps = list(denoise(model, [caption], settings, seed))
     shown = [steps[i] for i in np.unique(np.round(np.linspace(0, len(steps) - 1, frames - 1)).astype(int))]
     last = steps[-1]
-    x_ts = [model.decode(s.x_t)[0] for s in shown] + [model.decode(last.x_prev)[0]]
-    x0s = [model.decode(s.x0)[0] for s in shown] + [model.decode(last.x_prev)[0]]
+    result = to_numpy(model.decode(last.x_prev)[0])
+    x_ts = [to_numpy(model.decode(s.x_t)[0]) for s in shown] + [result]
+    x0s = [to_numpy(model.decode(s.x0)[0]) for s in shown] + [result]
     return plotting.filmstrip(x_ts, x0s, [*(s.t for s in shown), last.t_prev], caption)
 
 
@@ -91,7 +91,7 @@ def guidance_sweep(model: TextToImage, captions: list[str], settings: SampleConf
     """A figure of the captions, from the same starting noise, at rising guidance scales."""
     images = np.stack([draw(model, captions, replace(settings, guidance=w), seed) for w in GUIDANCE_SCALES], axis=1)
     verdicts = [
-        [shapes.compare(r, caption).all_right for r in shapes.read_scenes(row)]
+        [v.all_right for v in shapes.judge(row, [caption] * len(row))]
         for row, caption in zip(images, captions, strict=True)
     ]
     return plotting.guidance_sweep(images, captions, GUIDANCE_SCALES, verdicts)
@@ -102,5 +102,5 @@ def draw_training_grid(state: TrainState, path: Path) -> None:
     captions = shapes.held_out_captions(16, 0, "val")
     with averaged_weights(state) as model:
         images = draw(model, captions, replace(state.config.sample, steps=min(25, state.config.sample.steps)))
-    verdicts = [shapes.compare(r, c).all_right for r, c in zip(shapes.read_scenes(images), captions, strict=True)]
-    plotting.save(plotting.image_grid(images, captions, 4, verdicts, title=f"Step {state.step}"), path)
+    right = [v.all_right for v in shapes.judge(images, captions)]
+    plotting.save(plotting.image_grid(images, captions, 4, right, title=f"Step {state.step}"), path)

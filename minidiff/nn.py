@@ -1,8 +1,8 @@
 """Modules and layers, thin over the ops: a layer is its parameters and one call.
 
 A parameter knows its shape and how it begins; it gets numbers from `initialise(seed)` or from a file. Attribute
-names follow diffusers and transformers, so that a parameter's path (`down_blocks.0.resnets.1.conv1.weight`) is its
-key in their checkpoints; the layouts are ours (channels last).
+names follow diffusers' U-Nets and transformers' CLIP: a parameter's path (`down_blocks.0.resnets.1.conv1.weight`) is
+its key in their checkpoints, up to CLIP's prefixes (`text_model.encoder.`); the layouts are ours (channels last).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def clip_factor(norm: float, limit: float) -> float:
 
 
 def gradient_norm(grads: Sequence[Array]) -> float:
-    """The Euclidean norm of all gradients together, summed in float64."""
+    """The Euclidean norm of all gradients together; the squares are summed in float64."""
     return math.sqrt(sum(float((g * g).sum(dtype=np.float64)) for g in grads))
 
 
@@ -153,9 +153,9 @@ class Muon(AdamW):
 OPTIMIZERS = {"adamw": AdamW, "muon": Muon}
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, final: float = 0.0) -> float:
-    """At step 1..steps: rises linearly to the peak over `warmup` steps, then falls along half a cosine to `final`."""
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """At step 1..steps: rises linearly to the peak over `warmup` steps, then falls along half a cosine to 0."""
     if step <= warmup:
         return peak * step / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

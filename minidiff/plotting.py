@@ -19,6 +19,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator, NullFormatter
 
+from minidiff.data.shapes import SCORES
+
 DPI = 160
 INK, GREY, FAINT = "#222222", "#666666", "#dddddd"
 # Okabe and Ito's colour-blind-safe set without yellow; the line styles tell curves apart in grey.
@@ -26,7 +28,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", INK, "#E69F00", "#56B4E9"
 STYLES = ("-", (0, (5, 1.5)), (0, (7, 1.5, 1.5, 1.5)), (0, (3, 1)), "-", (0, (9, 2)), (0, (4, 1, 1, 1, 1, 1)))
 TEXT, TITLE = 9, 11  # font sizes, points
 LINE = 1.3  # line height, font sizes
-SCORES = ("colours", "shapes", "sizes", "relation", "all_right")
 X_LABELS = {"step": "training step", "images": "training images seen", "minutes": "training time (minutes)"}
 
 
@@ -114,7 +115,7 @@ def image_grid(
     return _tiles([pixels[r] for r in rows], [labels[r] for r in rows], alt + ".", title=title)
 
 
-def filmstrip(x_ts: Sequence[np.ndarray], x0s: Sequence[np.ndarray], ts: Sequence[int], caption: str) -> Chart:
+def filmstrip(x_ts: Sequence[np.ndarray], x0s: Sequence[np.ndarray], ts: Sequence[float], caption: str) -> Chart:
     """Sampling as two rows of images (H, W, 3), from x_T on the left to x_0: x_t above, predicted x0 below.
 
     Where x_t leaves [-1, 1] it is divided by the 99th percentile of |x_t|, which is written under it: clipped

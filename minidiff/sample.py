@@ -15,10 +15,10 @@ from minidiff import plotting
 from minidiff.backend import Array, to_numpy
 from minidiff.config import SampleConfig
 from minidiff.errors import UserError
-from minidiff.models import TextToImage
 from minidiff.random import Purpose, normal
 from minidiff.samplers import SamplerStep, ddim, ddpm, spaced_timesteps
 from minidiff.tensor import no_grad
+from minidiff.text_to_image import TextToImage
 from minidiff.threads import num_threads, parallel_map
 
 
@@ -46,7 +46,7 @@ def denoise(
 
     clip = 1.0 if settings.clip else None
     walk = (model, x_T, cond, uncond, settings.guidance, timesteps, model.schedule, noise)
-    return ddpm(*walk, clip=clip) if settings.sampler == "ddpm" else ddim(*walk, eta=settings.eta, clip=clip)
+    return ddpm(*walk, settings.sigma, clip) if settings.sampler == "ddpm" else ddim(*walk, settings.eta, clip)
 
 
 def draw(
@@ -73,7 +73,7 @@ def save_pictures(
     if out.suffix == ".png":
         plotting.save(plotting.image_grid(images, list(captions)), out, {"prompt": "; ".join(captions), **facts})
         return
-    temporary = out.with_name(f".{out.name}.tmp")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     for i, (image, caption) in enumerate(zip(plotting.to_uint8(images), captions, strict=True)):
         text = PngInfo()

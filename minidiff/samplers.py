@@ -3,8 +3,9 @@
     for step in ddim(model, x_T, cond, uncond, w, timesteps, schedule): ...
     image = step.x_prev
 
-The walk is explicit: `timesteps` is the falling list of t that are visited, ending before 0; the last step always leads
-to t = 0, the image. Noise comes in through `noise(i)`, one standard normal array like x_t for step i.
+The walk is explicit: `timesteps` are the noise levels that are visited, falling, the last one included: 0 is the
+image. They may lie between whole numbers (`Schedule.alpha_bar_at`). Noise comes in through `noise(i)`, one standard
+normal array like x_t for step i.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ Noise = Callable[[int], Array]
 class SamplerStep(NamedTuple):
     """What one step saw and did."""
 
-    t: int  # where it started
-    t_prev: int  # where it ended; 0 is the image
+    t: float  # where it started
+    t_prev: float  # where it ended; 0 is the image
     x_t: Array  # the noisy image at t (B, H, W, C)
     x0: Array  # the image predicted from it
     eps: Array  # the (guided, clipped) noise prediction
@@ -34,17 +35,17 @@ class SamplerStep(NamedTuple):
 
 
 def spaced_timesteps(T: int, steps: int) -> list[int]:
-    """`steps` whole numbers from T down, evenly spaced, the last followed by 0. Raises ValueError outside 1..T."""
+    """The levels of `steps` steps: steps + 1 whole numbers from T to 0, evenly spaced. ValueError outside 1..T."""
     if not 1 <= steps <= T:
         raise ValueError(f"the number of sampling steps must be in 1..{T}, got {steps}")
-    return [int(t) for t in np.round(np.linspace(T, 0, steps + 1))[:-1]]
+    return [int(t) for t in np.round(np.linspace(T, 0, steps + 1))]
 
 
-def _pairs(timesteps: Sequence[int], schedule: Schedule) -> list[tuple[int, int]]:
-    """(t, t_prev) for every step, the last one to 0."""
-    pairs = list(pairwise([*timesteps, 0]))
-    if not pairs or timesteps[0] > schedule.T or any(t <= t_prev for t, t_prev in pairs):
-        raise ValueError(f"timesteps must fall from at most {schedule.T} to at least 1, got {list(timesteps)}")
+def _pairs(timesteps: Sequence[float], schedule: Schedule) -> list[tuple[float, float]]:
+    """(t, t_prev) for every step."""
+    pairs = list(pairwise(timesteps))
+    if not pairs or not timesteps[0] <= schedule.T or not timesteps[-1] >= 0 or any(not t > s for t, s in pairs):
+        raise ValueError(f"timesteps must fall from at most {schedule.T} to at least 0, got {list(timesteps)}")
     return pairs
 
 
@@ -54,7 +55,7 @@ def ddpm(
     cond: Any,
     uncond: Any,
     w: float,
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     schedule: Schedule,
     noise: Noise,
     sigma_kind: str = "small",
@@ -76,7 +77,7 @@ def ddim(
     cond: Any,
     uncond: Any,
     w: float,
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     schedule: Schedule,
     noise: Noise | None = None,
     eta: float = 0.0,

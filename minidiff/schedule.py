@@ -51,26 +51,40 @@ class Schedule:
         """beta, alpha, alpha_bar at t and alpha_bar at t_prev, for the one step from t_prev to t (default t - 1).
 
         With a stride, alpha = alpha_bar[t] / alpha_bar[t_prev] and beta = 1 - alpha, not the table's beta[t].
-        t and t_prev are whole numbers (or arrays of them), 0 <= t_prev < t <= T; else ValueError.
+        t and t_prev are numbers (or arrays of them), fractional ones too, 0 <= t_prev < t <= T; else ValueError.
         """
-        t = self._check(t, first=1)
+        t = self._check(t)
         t_prev = self._check(t - 1 if t_prev is None else t_prev)
         if not (t_prev < t).all():
             raise ValueError(f"a step needs t_prev < t, got t = {t} and t_prev = {t_prev}")
-        alpha_bar, alpha_bar_prev = self.alpha_bar[t], self.alpha_bar[t_prev]
-        one = t - t_prev == 1  # the tables hold beta to full precision, the quotient loses a few digits of it
-        alpha = np.where(one, self.alpha[t], alpha_bar / alpha_bar_prev)
-        beta = np.where(one, self.beta[t], 1 - alpha)
+        alpha_bar, alpha_bar_prev = self.alpha_bar_at(t), self.alpha_bar_at(t_prev)
+        last = np.floor(t).astype(np.int64)
+        in_table = (t == last) & (t - t_prev == 1)  # it holds beta to full precision, the quotient loses a few digits
+        alpha = np.where(in_table, self.alpha[last], alpha_bar / alpha_bar_prev)
+        beta = np.where(in_table, self.beta[last], 1 - alpha)
         return beta, alpha, alpha_bar, alpha_bar_prev
 
     def alpha_bar_at(self, t: Array) -> np.ndarray:
-        """alpha_bar[t] for whole numbers t in 0..T; else ValueError."""
-        return self.alpha_bar[self._check(t)]
+        """alpha_bar at t in 0..T; else ValueError.
 
-    def _check(self, t: Array, first: int = 0) -> np.ndarray:
+        Between whole numbers the logarithm of the noise level sqrt((1 - alpha_bar) / alpha_bar) is interpolated,
+        between 0 and 1 the level itself (at 0 it is 0). So a level that lies off the table is that of a fractional t.
+        """
+        t = self._check(t)
+        below = np.floor(t).astype(np.int64)
+        exact = self.alpha_bar[below]
+        share = t - below
+        if not share.any():
+            return exact
+        level = np.sqrt((1 - self.alpha_bar) / self.alpha_bar)
+        above = level[np.minimum(below + 1, self.T)]
+        between = np.where(below > 0, level[np.maximum(below, 1)] ** (1 - share) * above**share, share * above)
+        return np.where(share == 0, exact, 1 / (1 + between**2))
+
+    def _check(self, t: Array) -> np.ndarray:
         t = to_numpy(t)
-        if t.dtype.kind not in "iu" or (t.size and not (first <= t.min() and t.max() <= self.T)):
-            raise ValueError(f"t must be whole numbers in {first}..{self.T}, got {t}")
+        if t.dtype.kind not in "iuf" or not ((t >= 0) & (t <= self.T)).all():
+            raise ValueError(f"t must be numbers in 0..{self.T}, got {t}")
         return t
 
 

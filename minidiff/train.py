@@ -11,6 +11,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +24,13 @@ import numpy as np
 from tqdm import tqdm
 
 from minidiff.backend import to_numpy
-from minidiff.checkpoint import FILE, load_checkpoint, save_checkpoint
-from minidiff.config import Config, TrainConfig, config_from_dict, config_to_dict, config_to_toml
+from minidiff.checkpoint import FILE, PARTS, load_checkpoint, save_checkpoint
+from minidiff.config import Config, TrainConfig, config_from_dict, config_to_dict, config_to_toml, with_overrides
 from minidiff.data import Dataset, open_data
 from minidiff.errors import UserError
-from minidiff.models import TextToImage
 from minidiff.optim import OPTIMIZERS, AdamW, clip_factor, gradient_norm, learning_rate
 from minidiff.random import Purpose, normal, uniform
+from minidiff.text_to_image import TextToImage
 from minidiff.threads import num_threads, parallel_map
 
 LOG = "log.jsonl"
@@ -48,6 +49,13 @@ class TrainState:
     def step(self) -> int:
         """Optimizer steps taken."""
         return self.optimizer.step_number
+
+
+_CALM = "lower the learning rate (--train.lr) or clip tighter (--train.clip)"
+
+
+class Diverged(UserError):
+    """The loss, a gradient or a parameter is not finite any more."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,8 @@ def _state(config: Config, words: Any, image_shape: Any, seed: int | None) -> Tr
     optimizer = OPTIMIZERS[c.optimizer](
         dict(model.named_parameters()), (c.beta1, c.beta2), weight_decay=c.weight_decay, ema_decay=c.ema_decay
     )
-    return TrainState(config, model, optimizer)
+    resolved = replace(config, unet=model.unet.config, text=model.text_encoder.config)
+    return TrainState(resolved, model, optimizer)
 
 
 def _model(config: Config, words: Any, image_shape: Any, seed: int | None) -> TextToImage:
@@ -114,10 +123,22 @@ def save_state(state: TrainState, path: Path) -> None:
     save_checkpoint(path, {"model": state.model.state(), "ema": o.ema, "optimizer.m": o.m, "optimizer.v": o.v}, about)
 
 
-def load_state(path: Path) -> TrainState:
-    """The run that a checkpoint file holds. Raises UserError if it is damaged or does not fit its own config."""
-    parts, about = load_checkpoint(path)
-    state = _state(config_from_dict(about["config"], str(path)), about["words"], about["image_shape"], seed=None)
+FIXED = ("train.optimizer", "train.seed", "train.batch", "train.accumulate")
+"""Settings that cannot change in a run: the optimizer's memory or the order of the data hangs on them."""
+
+
+def load_state(path: Path, overrides: dict[str, Any] | None = None) -> TrainState:
+    """The run that a checkpoint file holds, with {"section.field": value} in place of its own settings.
+
+    Raises UserError if it is damaged or does not fit its own config, and for a setting that cannot change any more.
+    """
+    parts, about = _load_run(path)
+    config = config_from_dict(about["config"], str(path))
+    for name in overrides or {}:
+        if name in FIXED or not name.startswith(("train.", "sample.")):
+            raise UserError(f"--{name} cannot change in a run that has begun; start another run with --out")
+    config = with_overrides(config, overrides or {}, "the command line")
+    state = _state(config, about["words"], about["image_shape"], seed=None)
     o = state.optimizer
     for arrays in (parts["ema"], parts["optimizer.m"], parts["optimizer.v"], parts["model"]):
         _load(state.model, arrays, path)  # each must fit; the model's own stay
@@ -128,11 +149,19 @@ def load_state(path: Path) -> TrainState:
     return state
 
 
+def _load_run(path: Path, parts: tuple[str, ...] = PARTS) -> tuple[dict[str, Any], dict[str, Any]]:
+    loaded, about = load_checkpoint(path, parts)
+    missing = [key for key in ("step", "seconds", "config", "words", "image_shape") if key not in about]
+    if missing:
+        raise UserError(f"{path} has no {missing[0]!r} in its metadata; restore it from a copy, or train again")
+    return loaded, about
+
+
 def load_model(run: str | Path, weights: str = "ema", device: str = "cpu") -> tuple[TextToImage, Config]:
     """The model of a run folder (or checkpoint file), with its averaged ("ema") or raw ("model") weights."""
     path = Path(run)
     path = path / FILE if path.is_dir() or not path.suffix else path
-    parts, about = load_checkpoint(path, (weights,))
+    parts, about = _load_run(path, (weights,))
     config = config_from_dict(about["config"], str(path))
     config = replace(config, train=replace(config.train, device=device))
     state = _state(config, about["words"], about["image_shape"], seed=None)
@@ -187,10 +216,14 @@ def draw_timesteps(c: TrainConfig, samples: Sequence[int], step: int, T: int) ->
 def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
     """Take optimizer steps until state.config.train.steps, yielding after each. The state is the caller's to save.
 
-    The next step's data is prepared in a thread beside the current step. Raises UserError if the loss or a gradient is
-    not finite; the parameters are then those of the step before.
+    Where `minutes` are given, they become `steps` on the way (state.config is replaced). The next step's data is
+    prepared in a thread beside the current step. Raises Diverged if the loss or a gradient is not finite; the
+    parameters are then those of the step before.
     """
     c = state.config.train
+    measured = min(100, c.warmup)  # steps that show the speed; the warm-up does not ask how long the run will be
+    if c.minutes and state.step >= measured:
+        _set_steps_from_minutes(state)
 
     def draw(step: int) -> list[Batch]:
         return [draw_batch(state, data, step, part) for part in range(c.accumulate)]
@@ -200,14 +233,14 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
     models = [state.model, *(_model(*copy_of, seed=None) for _ in range(threads - 1))]
     with ThreadPoolExecutor(1, "data") as pool:
         upcoming = pool.submit(draw, state.step + 1)
-        while state.step < state.config.train.steps:
+        while state.config.train.minutes or state.step < state.config.train.steps:
             started = time.perf_counter()
             batches = upcoming.result()
             upcoming = pool.submit(draw, state.step + 2)
             loss, grads = loss_and_gradients(models, batches)
             norm = gradient_norm(list(grads.values()))
             if not math.isfinite(loss) or not math.isfinite(norm):
-                raise UserError(_not_finite(state.step + 1, loss, grads))
+                raise Diverged(_not_finite(state.step + 1, loss, grads))
             factor = clip_factor(norm, c.clip)
             if factor < 1:
                 grads = {name: g * factor for name, g in grads.items()}
@@ -215,6 +248,8 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
             state.optimizer.step(lr, grads)
             seconds = time.perf_counter() - started
             state.seconds += seconds
+            if state.config.train.minutes and state.step >= measured:
+                _set_steps_from_minutes(state)
             n = c.batch * c.accumulate
             yield StepLog(state.step, loss, lr, norm, state.step * n, state.seconds / 60, n / seconds)
 
@@ -248,9 +283,12 @@ def loss_and_gradients(models: Sequence[TextToImage], batches: Sequence[Batch]) 
 
 def _pass(model: TextToImage, batch: Batch, weight: float) -> tuple[float, dict[str, Any]]:
     parameters = dict(model.named_parameters())
-    loss = model.loss(batch.images, batch.captions, batch.t, batch.eps) * weight
-    loss.backward()
-    grads = {name: p.grad for name, p in parameters.items()}
+    with np.errstate(all="ignore"):  # what is not finite is noticed, and told, by `train`
+        loss = model.loss(batch.images, batch.captions, batch.t, batch.eps) * weight
+        loss.backward()
+    xp = model.array_module
+    # a parameter that the loss does not reach (the text encoder of a U-Net without cross-attention) has none
+    grads = {name: xp.zeros_like(p.data) if p.grad is None else p.grad for name, p in parameters.items()}
     for p in parameters.values():
         p.grad = None
     return loss.item(), grads
@@ -258,11 +296,8 @@ def _pass(model: TextToImage, batch: Batch, weight: float) -> tuple[float, dict[
 
 def _not_finite(step: int, loss: float, grads: dict[str, Any]) -> str:
     bad = [name for name, g in grads.items() if not np.isfinite(to_numpy(g)).all()]
-    where = f"; the gradient of {bad[0]} and {len(bad) - 1} others is not finite" if bad else ""
-    return (
-        f"step {step}: the loss is {loss}{where}. The parameters of step {step - 1} are kept; "
-        "resume with a lower learning rate (--train.lr) or tighter clipping (--train.clip)"
-    )
+    where = f"the gradient of {bad[0]} and {len(bad) - 1} others is not finite" if bad else "the gradients overflow"
+    return f"step {step}: the loss is {loss}, {where}; {_CALM}"
 
 
 # ---- a whole run: folder, log, bar, sample grids, checkpoints, Ctrl-C
@@ -271,13 +306,30 @@ def _not_finite(step: int, loss: float, grads: dict[str, Any]) -> str:
 def fit(state: TrainState, folder: Path, on_sample: Callable[[TrainState, Path], None] | None = None) -> bool:
     """Train to the end, writing to the run's folder; returns whether it got there (False after Ctrl-C).
 
-    on_sample(state, path) draws the sample grid of a step into a PNG file.
+    on_sample(state, path) draws the sample grid of a step into a PNG file. A run that diverges keeps the checkpoint
+    that it has, and Diverged says of which step it is.
     """
     data = open_data(state.config.data, state.config.train.seed)
-    (folder / "config.toml").write_text(config_to_toml(state.config))
     keep_log_until(folder / LOG, state.step)
     stop = _StopFlag()
-    saved = state.step
+    written = None
+    saved = state.step if (folder / FILE).exists() else -1
+
+    def save() -> None:
+        nonlocal saved
+        if saved < state.step:
+            _check_finite(state)
+            save_state(state, folder / FILE)
+            saved = state.step
+
+    def write_config() -> None:
+        nonlocal written
+        if written is not state.config:
+            (folder / "config.toml").write_text(config_to_toml(state.config))
+            written = state.config
+
+    write_config()
+    save()
     with (
         stop,
         open(folder / LOG, "a", buffering=1) as log,
@@ -288,35 +340,37 @@ def fit(state: TrainState, folder: Path, on_sample: Callable[[TrainState, Path],
                 log.write(json.dumps(asdict(record)) + "\n")
                 bar.update()
                 bar.set_postfix_str(f"loss {record.loss:.4f}, {record.images_per_second:.0f} images/s", refresh=False)
-                if state.config.train.minutes and record.step == calibration_step(state.config):
-                    set_steps_from_minutes(state)
-                    (folder / "config.toml").write_text(config_to_toml(state.config))
-                    bar.total = state.config.train.steps
+                write_config()
+                bar.total = state.config.train.steps
                 if record.step % state.config.train.save_every == 0 or stop:
-                    save_state(state, folder / FILE)
-                    saved = state.step
+                    save()
                 every = state.config.train.sample_every
                 if on_sample and every and record.step % every == 0:
-                    on_sample(state, folder / "samples" / f"step_{record.step:06d}.png")
+                    path = folder / "samples" / f"step_{record.step:06d}.png"
+                    try:
+                        on_sample(state, path)
+                    except (OSError, ValueError) as e:
+                        bar.write(f"minidiff: no sample grid of step {record.step}: {e}", file=sys.stderr)
                 if stop:
                     break
-        except UserError:
-            if saved < state.step:
-                save_state(state, folder / FILE)
-            raise
-    if saved < state.step:
-        save_state(state, folder / FILE)
+            save()
+        except Diverged as e:
+            raise Diverged(f"{e}; {folder / FILE} is of step {saved}, before that") from e
     return state.step >= state.config.train.steps
 
 
-def calibration_step(config: Config) -> int:
-    """The step after which `train.minutes` is turned into a number of steps; within warm-up, which does not use it."""
-    return min(30, config.train.warmup)
+def _check_finite(state: TrainState) -> None:
+    """A checkpoint never replaces good weights by ruined ones."""
+    for arrays in (state.model.state(), state.optimizer.ema):
+        for name, array in arrays.items():
+            if not np.isfinite(to_numpy(array)).all():
+                raise Diverged(f"step {state.step}: {name} is not finite; {_CALM}")
 
 
-def set_steps_from_minutes(state: TrainState) -> None:
-    """Replace `minutes` by the number of steps that fit into them at the speed measured so far."""
-    steps = max(state.config.train.warmup + 1, int(60 * state.config.train.minutes / (state.seconds / state.step)))
+def _set_steps_from_minutes(state: TrainState) -> None:
+    """Replace `minutes` by the number of steps that fit into them, by the speed so far."""
+    remaining = (60 * state.config.train.minutes - state.seconds) / (state.seconds / state.step)
+    steps = max(state.step, state.config.train.warmup + 1, state.step + int(remaining))
     state.config = replace(state.config, train=replace(state.config.train, steps=steps, minutes=0.0))
 
 
@@ -338,9 +392,9 @@ def _step_of(line: str) -> float:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's log."""
+    """The records of a run's log; a line that a killed run left torn is passed over."""
     with open(folder / LOG) as f:
-        return [json.loads(line) for line in f]
+        return [json.loads(line) for line in f if _step_of(line) < math.inf]
 
 
 class _StopFlag:

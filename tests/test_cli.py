@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_train import TINY
@@ -52,6 +53,10 @@ def test_help(capsys, command):
         (["train", "shapes", "--resume", "nowhere"], ["name neither a preset nor --out"]),
         (["sample", "a red circle", "--run", "nowhere"], ["there is no checkpoint nowhere"]),
         (["evaluate", "nowhere"], ["there is no checkpoint nowhere"]),
+        (["trian"], ["invalid choice: 'trian'"]),
+        (["evaluate", "--n=two"], ["--n", "'two'"]),
+        (["train", "shapes", "--unet.in_channels=7"], ["no option --unet.in_channels"]),
+        (["train", "shapes", "--out=/dev/null/run", "--train.steps=1"], ["/dev/null/run"]),
     ],
 )
 def test_bad_arguments(capsys, tmp_path, monkeypatch, arguments, words):
@@ -113,6 +118,10 @@ def test_sample_writes_separate_pictures(run, tmp_path):
         (["a red circle", "--sample.steps=0"], ["sample.steps must be at least 1"]),
         (["a red circle", "--count=0"], ["--count must be at least 1"]),
         (["a red circle", "--out=x.jpg"], ["a .png file or a folder"]),
+        (["a red circle", f"--seed={2**64}"], ["--seed in 0..2^64 - 1"]),
+        (["a red circle", "--sample.guidance=nan"], ["sample.guidance wants a finite number"]),
+        (["a red circle " * 4], ["has 12 words; the model reads at most 10"]),
+        (["a red circle", "--out=/dev/null/x.png"], ["/dev/null"]),
     ],
 )
 def test_sample_refuses(capsys, run, tmp_path, monkeypatch, arguments, words):
@@ -129,6 +138,28 @@ def test_evaluate_ends_with_the_share_that_is_right(capsys, run):
     assert {"captions.png", "filmstrip.png", "guidance.png", "loss.png"} <= {p.name for p in run.iterdir()}
     report = json.loads((run / "evaluation.json").read_text())
     assert report["n"] == 8 and report["split"] == "test" and report["sample"]["steps"] == 3
+
+
+def test_evaluate_passes_over_a_torn_log_line_and_takes_the_file_itself(capsys, run, tmp_path):
+    for name in ("checkpoint.safetensors", "log.jsonl"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')
+    assert main(["evaluate", str(tmp_path / "checkpoint.safetensors"), "--n=2", "--sample.steps=2"]) == 0
+    assert (tmp_path / "loss.png").exists() and (tmp_path / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("weights, part", [("ema", "ema"), ("raw", "model")])
+def test_the_weights_that_are_asked_for_draw(run, tmp_path, weights, part):
+    """The other set is ruined; only the one that is asked for may be read."""
+    from minidiff.checkpoint import load_checkpoint, save_checkpoint
+
+    parts, about = load_checkpoint(run / "checkpoint.safetensors")
+    for other in {"ema", "model"} - {part}:
+        parts[other] = {name: np.full_like(array, np.nan) for name, array in parts[other].items()}
+    save_checkpoint(tmp_path / "checkpoint.safetensors", parts, about)
+    command = ["sample", "a red circle", "--run", str(tmp_path), "--out", str(tmp_path / "a.png")]
+    assert main([*command, "--sample.steps=2", f"--weights={weights}"]) == 0
 
 
 def test_doctor(capsys):

@@ -563,7 +563,7 @@ def test_times_and_samples_must_match():
         guided_eps(lambda x, t, c: x, x, t, None, None, 1)
 
 
-@pytest.mark.parametrize("t", [0, T + 1, 2.5])
+@pytest.mark.parametrize("t", [0, T + 1, 0.5, T + 0.5])
 def test_times_out_of_range(t):
     s, x = SCHEDULES["linear"], draw(2, 2)
     for call in (q_step, mu_theta):

@@ -43,21 +43,21 @@ def draw_noise(shape, seed=0, dtype=np.float64):
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 7, 10, 64, 99])
-def test_every_number_of_steps_falls_from_T_to_above_0(T):
+def test_every_number_of_steps_falls_from_T_to_0(T):
     for steps in range(1, T + 1):
         ts = spaced_timesteps(T, steps)
-        assert len(ts) == steps and ts[0] == T and ts[-1] >= 1
+        assert len(ts) == steps + 1 and ts[0] == T and ts[-1] == 0
         assert all(isinstance(t, int) for t in ts)
-        gaps = -np.diff([*ts, 0])
+        gaps = -np.diff(ts)
         assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
 
 
 def test_spaced_timesteps_of_1000():
     for steps in range(1, 1001):
         ts = spaced_timesteps(1000, steps)
-        assert len(ts) == steps and ts[0] == 1000 and ts[-1] >= 1 and (np.diff(ts) < 0).all()
-    assert spaced_timesteps(1000, 1000) == list(range(1000, 0, -1))
-    assert spaced_timesteps(1000, 4) == [1000, 750, 500, 250]
+        assert len(ts) == steps + 1 and ts[0] == 1000 and ts[-1] == 0 and (np.diff(ts) < 0).all()
+    assert spaced_timesteps(1000, 1000) == list(range(1000, -1, -1))
+    assert spaced_timesteps(1000, 4) == [1000, 750, 500, 250, 0]
 
 
 @pytest.mark.parametrize("steps", [0, -1, 11])
@@ -66,30 +66,40 @@ def test_impossible_numbers_of_steps(steps):
         spaced_timesteps(10, steps)
 
 
-@pytest.mark.parametrize("timesteps", [[], [11, 5], [5, 5], [3, 5], [5, 0], [5, -1], [0]], ids=str)
+@pytest.mark.parametrize(
+    "timesteps", [[], [10], [11, 5], [5, 5], [3, 5], [5, 0, 0], [5, -1], [0], [10, np.nan, 0]], ids=str
+)
 @pytest.mark.parametrize("kind", ["small", 0.0])
 def test_impossible_timesteps(kind, timesteps):
     asked, x = [], np.ones((1, 1))
-    with pytest.raises(ValueError, match="timesteps must fall from at most 10 to at least 1"):
+    with pytest.raises(ValueError, match="timesteps must fall from at most 10 to at least 0"):
         walk(kind, lambda x, t, c: asked.append(t), x, timesteps, linear(10), lambda i: x)
     assert not asked
 
 
 @pytest.mark.parametrize("kind", ["small", 0.0])
-def test_fractional_timesteps(kind):
-    with pytest.raises(ValueError, match="whole numbers"):
-        walk(kind, lambda x, t, c: x, np.ones((1, 1)), [5.5, 2], linear(10), draw_noise((1, 1)))
+def test_a_walk_may_end_before_the_image_and_go_on_later(kind):
+    """Levels between whole numbers too; the noise of a step is asked for by its number in the walk."""
+    x_T, model = draw_noise((2, 3), seed=1)(0), lambda x, t, c: np.tanh(x)
+    z = draw_noise((2, 3))
+    ts = [9.5, 7, 3.25, 0.5, 0]
+    whole = walk(kind, model, x_T, ts, linear(10), z)
+    first = walk(kind, model, x_T, ts[:3], linear(10), z)
+    rest = walk(kind, model, first[-1].x_prev, ts[2:], linear(10), lambda i: z(i + 2))
+    assert [(step.t, step.t_prev) for step in whole] == list(itertools.pairwise(ts))
+    np.testing.assert_array_equal(rest[-1].x_prev, whole[-1].x_prev)
+    close(whole[-1].x_prev, whole[-1].x0, atol=1e-10)
 
 
 def test_impossible_options():
     x, s = np.ones((1, 1)), linear(10)
     for eta in (-0.1, 1.1, np.nan):
         with pytest.raises(ValueError, match=r"eta must be in 0\.\.1"):
-            walk(eta, lambda x, t, c: x, x, [10], s, draw_noise(x.shape))
+            walk(eta, lambda x, t, c: x, x, [10, 0], s, draw_noise(x.shape))
     with pytest.raises(ValueError, match="noise"):
-        walk(0.5, lambda x, t, c: x, x, [10], s, None)
+        walk(0.5, lambda x, t, c: x, x, [10, 0], s, None)
     with pytest.raises(ValueError, match="neither 'small' nor 'large'"):
-        walk("medium", lambda x, t, c: x, x, [10, 5], s, draw_noise(x.shape))
+        walk("medium", lambda x, t, c: x, x, [10, 5, 0], s, draw_noise(x.shape))
 
 
 @every_schedule
@@ -97,7 +107,7 @@ def test_impossible_options():
 @pytest.mark.parametrize("clip", [None, 0.8])
 def test_steps_are_linked(s, kind, clip):
     x_T = draw_noise((3, 2, 2), seed=1)(0)
-    ts = [1000, 700, 699, 20, 1]
+    ts = [1000, 700, 699, 20, 1, 0]
     seen = []
 
     def model(x_t, t, cond):
@@ -105,8 +115,8 @@ def test_steps_are_linked(s, kind, clip):
         return np.tanh(x_t)
 
     steps = walk(kind, model, x_T, ts, s, draw_noise((3, 2, 2)), clip)
-    assert [(step.t, step.t_prev) for step in steps] == list(itertools.pairwise([*ts, 0]))
-    assert [t for _, t in seen] == [[t] * 3 for t in ts]
+    assert [(step.t, step.t_prev) for step in steps] == list(itertools.pairwise(ts))
+    assert [t for _, t in seen] == [[t] * 3 for t in ts[:-1]]
     assert steps[0].x_t is x_T
     for a, b in itertools.pairwise(steps):
         assert a.x_prev is b.x_t
@@ -131,7 +141,7 @@ def test_noise_is_asked_for_by_step_number():
 
     for kind in KINDS:
         asked.clear()
-        walk(kind, lambda x, t, c: 0 * x, np.ones((2, 1)), [9, 5, 2], linear(10), noise)
+        walk(kind, lambda x, t, c: 0 * x, np.ones((2, 1)), [9, 5, 2, 0], linear(10), noise)
         assert asked[:2] == ([] if kind == 0 else [0, 1]) and asked[2:] in ([], [2])
 
 
@@ -157,7 +167,7 @@ def test_guidance_reaches_the_samplers(kind):
         return c[0][:, 0]
 
     for w, eps in ((0, 1.0), (1, 3.0), (2, 5.0), (-1, -1.0)):
-        for step in sampler(model, x, cond, uncond, w, [10, 5], s, noise=draw_noise((2, 1)), **options):
+        for step in sampler(model, x, cond, uncond, w, [10, 5, 0], s, noise=draw_noise((2, 1)), **options):
             close(step.eps, np.full((2, 1), eps))
 
 
@@ -169,7 +179,7 @@ def test_the_graph_is_recorded_between_yields_and_not_within(name):
         made.append(Tensor(x_t, requires_grad=True) * 2.0)
         return made[-1]
 
-    for step in SAMPLERS[name](model, np.ones((1, 2)), None, None, 1, [9, 5], linear(10), draw_noise((1, 2))):
+    for step in SAMPLERS[name](model, np.ones((1, 2)), None, None, 1, [9, 5, 0], linear(10), draw_noise((1, 2))):
         x = Tensor(step.x_prev, requires_grad=True)
         loss = (x * x).sum()
         loss.backward()
@@ -294,20 +304,20 @@ def check_gaussian(kind, schedule, timesteps, m, s):
     off the coefficients. The recursion's side is Bayesian: E[x0 | x_t] by regression, then two measurements
     of x_prev (from x0, from x_t) weighted by their precisions.
     """
-    alpha_bar = schedule.alpha_bar
+    alpha_bar = schedule.alpha_bar_at
 
     def model(x_t, t, cond):
-        ab = alpha_bar[t][:, None]
+        ab = alpha_bar(t)[:, None]
         return np.sqrt(1 - ab) * (x_t - np.sqrt(ab) * m) / (ab * s**2 + 1 - ab)
 
-    n = len(timesteps) + 2
+    n = len(timesteps) + 1
     unit = np.eye(n)[:, :, None]  # row 0: nothing; row 1: x_T = 1; row 2 + i: the noise of step i is 1
     y = walk(kind, model, unit[:, 1], timesteps, schedule, lambda i: unit[:, 2 + i])[-1].x_prev[:, 0]
     y = y - np.append(0, np.full(n - 1, y[0]))
 
     mean, variance = 0.0, 1.0
-    for t, t_prev in zip(timesteps, [*timesteps[1:], 0], strict=True):
-        ab, ab_prev = alpha_bar[t], alpha_bar[t_prev]
+    for t, t_prev in itertools.pairwise(timesteps):
+        ab, ab_prev = alpha_bar(t), alpha_bar(t_prev)
         gain = np.sqrt(ab) * s**2 / (ab * s**2 + 1 - ab)  # E[x0 | x_t] = m + gain (x_t - sqrt(ab) m)
         x0 = np.array([gain, m - gain * np.sqrt(ab) * m])  # as (slope, offset) in x_t
         x_t = np.array([1.0, 0.0])
@@ -329,7 +339,8 @@ def check_gaussian(kind, schedule, timesteps, m, s):
     close((y[1:] ** 2).sum(), variance, rtol=0, atol=1e-10)
 
 
-WALKS = [[1000], [1000, 1], [1000, 999, 500, 3, 2], spaced_timesteps(1000, 20), spaced_timesteps(1000, 333)]
+WALKS = [[1000, 0], [1000, 1, 0], [1000, 999, 500, 3, 2, 0], [999.5, 600.25, 30.5, 1.5, 0.5, 0.25, 0]]
+WALKS += [spaced_timesteps(1000, 20), spaced_timesteps(1000, 333)]
 
 
 @every_schedule
@@ -341,13 +352,13 @@ def test_gaussian(s, kind, timesteps):
 
 
 def test_gaussian_step_by_step():
-    check_gaussian("small", linear(100), list(range(100, 0, -1)), 0.7, 0.3)
+    check_gaussian("small", linear(100), list(range(100, -1, -1)), 0.7, 0.3)
 
 
 @every_fault
 def test_gaussian_notices(fault, kind, stride, monkeypatch):
     s = linear(50, 0.001, 0.3)
-    timesteps = list(range(50, 0, -stride))
+    timesteps = [*range(50, 0, -stride), 0]
     check_gaussian(kind, s, timesteps, 0.7, 0.3)
     fault(monkeypatch)
     with pytest.raises(AssertionError):
@@ -357,7 +368,7 @@ def test_gaussian_notices(fault, kind, stride, monkeypatch):
 @every_schedule
 def test_the_large_sigma_is_right_for_unit_variance_data(s):
     """If x0 ~ N(0, 1), so is x_t at every t; DDPM with sigma^2 = beta keeps it so, up to the last step."""
-    timesteps, n = [1000, 600, 599, 50, 7], 6
+    timesteps, n = [1000, 600, 599, 50, 7, 0], 6
     unit = np.eye(n)[:, :, None]
     steps = walk(
         "large",
@@ -418,7 +429,7 @@ def check_mixture(kind, stride, d, n=6000, seed=0):
     sqrt(alpha_bar s^2 / (alpha_bar s^2 + 1 - alpha_bar)).
     """
     mixture = MIXTURES[d]
-    timesteps = list(range(LENGTH, 0, -stride))
+    timesteps = [*range(LENGTH, 0, -stride), 0]
     rng = np.random.default_rng(seed)
 
     def model(x_t, t, cond):
@@ -428,7 +439,7 @@ def check_mixture(kind, stride, d, n=6000, seed=0):
     y = walk(kind, model, x_T, timesteps, GEOMETRIC, lambda i: rng.standard_normal((n, d)))[-1].x_prev
     assert np.isfinite(y).all()
     nearest = ((y[:, None] - np.array(mixture.m)) ** 2).sum(-1).argmin(1)
-    signal, h = GEOMETRIC.alpha_bar[timesteps[-1]], 1 / len(timesteps)
+    signal, h = GEOMETRIC.alpha_bar[timesteps[-2]], 1 / (len(timesteps) - 1)
     for k, (p, m, s) in enumerate(zip(mixture.p, mixture.m, mixture.s, strict=True)):
         mode = y[nearest == k]
         width = s * np.sqrt(signal * s**2 / (signal * s**2 + 1 - signal))

@@ -128,12 +128,12 @@ def test_between_takes_numbers_and_arrays():
         0,
         11,
         -1,
-        2.5,
-        2.0,
+        10.5,
+        0.5,
         True,
         np.array([1, 0]),
         np.array([1, 11]),
-        np.array([1.5, 2.0]),
+        np.array([1.5, 0.5]),
         np.uint8(0),
         np.nan,
         "1",
@@ -145,7 +145,7 @@ def test_no_step_starts_there(t):
         linear(10).between(t)
 
 
-@pytest.mark.parametrize(("t", "t_prev"), [(5, 5), (5, 6), (5, -1), (5, 2.5), (5, 11), ([3, 3], [2, 3])])
+@pytest.mark.parametrize(("t", "t_prev"), [(5, 5), (5, 6), (5, -1), (5, 5.5), (5, 11), (5, np.nan), ([3, 3], [2, 3])])
 def test_no_step_ends_there(t, t_prev):
     with pytest.raises(ValueError, match="t"):
         linear(10).between(t, t_prev)
@@ -155,9 +155,27 @@ def test_alpha_bar_at():
     s = cosine(10)
     assert s.alpha_bar_at(0) == 1
     np.testing.assert_array_equal(s.alpha_bar_at(np.array([0, 10, 3])), s.alpha_bar[[0, 10, 3]])
-    for t in (-1, 11, 1.0):
-        with pytest.raises(ValueError, match=r"whole numbers in 0\.\.10"):
+    for t in (-1, 11, 10.5, np.nan):
+        with pytest.raises(ValueError, match=r"numbers in 0\.\.10"):
             s.alpha_bar_at(t)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_levels_between_whole_numbers(make):
+    """Falling, equal to the table on it, halfway in the logarithm of the noise level, and close to a finer schedule."""
+    s = make(100)
+    t = np.linspace(0, 100, 1001)
+    alpha_bar = s.alpha_bar_at(t)
+    np.testing.assert_array_equal(alpha_bar[::10], s.alpha_bar)
+    np.testing.assert_array_equal(s.alpha_bar_at(np.arange(101.0)), s.alpha_bar)
+    assert (np.diff(alpha_bar) < 0).all()
+    level = np.sqrt((1 - alpha_bar) / alpha_bar)
+    np.testing.assert_allclose(level[15::10] ** 2, level[10:-1:10] * level[20::10], rtol=1e-12)
+    np.testing.assert_allclose(level[:10], level[10] * t[:10], rtol=1e-9, atol=0)
+    for here, there in zip(s.between(57.5, 20.25)[2:], (57.5, 20.25), strict=True):
+        assert here == s.alpha_bar_at(there)
+    beta, alpha, alpha_bar, alpha_bar_prev = s.between(57.5, 20.25)
+    assert alpha == alpha_bar / alpha_bar_prev and beta == 1 - alpha
 
 
 @pytest.mark.parametrize("betas", [[0.0, 0.1], [0.1, 1.0], [0.1, np.nan], [-0.1], [[0.1, 0.2]], []], ids=str)

@@ -7,23 +7,22 @@ import numpy as np
 import pytest
 
 from minidiff.diffusion import guided_eps, q_sample
-from minidiff.models import (
-    DiffusionConfig,
-    TextEncoder,
-    TextEncoderConfig,
-    TextToImage,
-    UNetConfig,
-    parameter_count,
-)
-from minidiff.models.text_to_image import depth_to_space, space_to_depth
+from minidiff.errors import UserError
+from minidiff.models import TextEncoder, TextEncoderConfig, UNetConfig, parameter_count
 from minidiff.tensor import Tensor, no_grad
 from minidiff.text import WordTokenizer
+from minidiff.text_to_image import DiffusionConfig, TextToImage, depth_to_space, space_to_depth
 
 WORDS = ("a", "red", "blue", "circle", "2")
 PAD, START, END, UNKNOWN, A, RED, BLUE, CIRCLE, TWO = range(9)
 
 
 # ---- the tokenizer
+
+
+def test_a_caption_that_is_too_long_is_refused():
+    with pytest.raises(UserError, match="'a red circle a blue circle' has 6 words; the model reads at most 5"):
+        WordTokenizer(WORDS)(["a", "a red circle a blue circle"], 7)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +38,7 @@ PAD, START, END, UNKNOWN, A, RED, BLUE, CIRCLE, TWO = range(9)
         ("<pad> <end>", [START, UNKNOWN, UNKNOWN, END]),
         ("a\n\tred\u00a0circle", [START, A, RED, CIRCLE, END]),
         ("ein Grüßchen 丸 🔴", [START, UNKNOWN, UNKNOWN, UNKNOWN, END]),
-        ("a red circle a blue circle", [START, A, RED, CIRCLE, A, BLUE, END]),
+        ("a red circle a blue", [START, A, RED, CIRCLE, A, BLUE, END]),
     ],
 )
 def test_a_caption_becomes_tokens_between_start_and_end(caption, tokens):

@@ -13,11 +13,13 @@ from threadpoolctl import threadpool_limits
 
 from minidiff.checkpoint import FILE
 from minidiff.config import load_config
-from minidiff.data import open_data
+from minidiff.data import open_data, shapes
 from minidiff.errors import UserError
-from minidiff.optim import OPTIMIZERS
+from minidiff.evaluate import draw_training_grid
+from minidiff.optim import OPTIMIZERS, learning_rate
 from minidiff.train import (
     LOG,
+    Diverged,
     draw_batch,
     draw_timesteps,
     fit,
@@ -143,7 +145,7 @@ def test_nan_stops_before_the_parameters_are_touched():
     poisoned = state.model.unet.conv_in.weight
     poisoned.data[0, 0, 0, 0] = np.nan
     before = {k: v.copy() for k, v in state.model.state().items()}
-    with pytest.raises(UserError, match=r"step 2: the loss is nan; the gradient of .* is not finite.*--train\.lr"):
+    with pytest.raises(Diverged, match=r"step 2: the loss is nan, the gradient of .* is not finite.*--train\.lr"):
         next(steps)
     assert state.step == 1
     assert all(np.array_equal(before[k], v, equal_nan=True) for k, v in state.model.state().items())
@@ -163,11 +165,120 @@ def test_fit_writes_the_run_and_a_resume_goes_on_with_its_log(tmp_path):
     assert all(r["loss"] > 0 for r in read_log(tmp_path))
 
 
+def timed(minutes):
+    settings = {k: v for k, v in TINY.items() if k not in ("train.steps", "train.minutes")}
+    return load_config("shapes", {**settings, "train.minutes": minutes})
+
+
 def test_minutes_become_steps_once(tmp_path):
-    state = new_state(config(train__minutes=0.02, train__steps=5))
+    state = new_state(timed(0.02))
     assert fit(state, tmp_path)
     c = load_state(tmp_path / FILE).config.train
     assert c.minutes == 0 and c.steps == state.step > c.warmup
+    assert load_config(str(tmp_path / "config.toml")).train == c
+    assert 0.5 < state.seconds / (60 * 0.02) < 2
+
+
+def test_minutes_count_from_the_beginning_of_the_run(tmp_path):
+    state = new_state(config())
+    assert fit(state, tmp_path)
+    again = load_state(tmp_path / FILE, {"train.minutes": 0.02})
+    assert fit(again, tmp_path) and again.step > 8
+    assert load_state(tmp_path / FILE).config.train.steps == again.step
+    enough = load_state(tmp_path / FILE, {"train.minutes": 0.001})
+    assert fit(enough, tmp_path) and enough.step == again.step
+
+
+def test_a_resumed_run_has_the_settings_that_it_records(tmp_path):
+    save_state(new_state(config()), tmp_path / FILE)
+    given = {"train.ema_decay": 0.5, "train.weight_decay": 0.25, "train.beta1": 0.8, "train.checkpointing": True}
+    state = load_state(tmp_path / FILE, given)
+    assert (state.optimizer.ema_decay, state.optimizer.weight_decay, state.optimizer.betas[0]) == (0.5, 0.25, 0.8)
+    assert state.model.unet.checkpointing
+    assert all(getattr(state.config.train, name.partition(".")[2]) == value for name, value in given.items())
+    for name in ("train.optimizer", "train.seed", "train.batch", "train.accumulate", "unet.blocks"):
+        with pytest.raises(UserError, match=f"--{name} cannot change"):
+            load_state(tmp_path / FILE, {name: "1"})
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path):
+    assert fit(new_state(config()), tmp_path)
+    before = (tmp_path / FILE).read_bytes()
+    wild = load_state(tmp_path / FILE, {"train.steps": 40, "train.lr": 1e30, "train.save_every": 100})
+    with pytest.raises(Diverged, match=r"--train\.lr.*checkpoint\.safetensors is of step 8, before that"):
+        fit(wild, tmp_path)
+    assert (tmp_path / FILE).read_bytes() == before
+    tame = load_state(tmp_path / FILE, {"train.steps": 10})
+    assert fit(tame, tmp_path) and tame.step == 10
+
+
+def test_a_sample_grid_that_fails_does_not_stop_the_run(tmp_path, capsys):
+    def on_sample(state, path):
+        raise ValueError("no picture")
+
+    state = new_state(config(train__sample_every=2))
+    assert fit(state, tmp_path, on_sample)
+    assert capsys.readouterr().err.count("no sample grid of step") == 4
+
+
+def test_a_sample_grid_changes_no_bit(tmp_path):
+    plain, drawn = new_state(config()), new_state(config(train__sample_every=2))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    assert fit(plain, tmp_path / "a")
+    assert fit(drawn, tmp_path / "b", draw_training_grid)
+    assert len(list((tmp_path / "b" / "samples").iterdir())) == 4
+    assert same_bits(plain, drawn)
+
+
+def test_every_step_and_part_has_its_own_scenes_times_and_noise():
+    state = new_state(config(train__accumulate=2))
+    data = open_data(state.config.data, 0)
+    batches = [draw_batch(state, data, step, part) for step in (1, 2) for part in range(2)]
+    for i, a in enumerate(batches):
+        for b in batches[:i]:
+            assert (a.t != b.t).any() and a.captions != b.captions
+            assert np.abs(a.images - b.images).max() > 0.1 and np.abs(a.eps - b.eps).min() > 0
+    again = draw_batch(state, data, 2, 1)
+    assert again.captions == batches[3].captions and (again.eps == batches[3].eps).all()
+
+
+def test_training_never_sees_a_held_out_pair():
+    data = open_data(config().data, 0)
+    seen, held_out = set(), {"val": set(), "test": set()}
+
+    def pair(caption):
+        objects = shapes.parse(caption).phrases
+        return frozenset((p.colour, p.shape) for p in objects) if len(objects) == 2 else None
+
+    for step in range(60):
+        seen |= {pair(caption) for caption in data.batch(step, 64)[1]} - {None}
+    for split in held_out:
+        held_out[split] = {pair(caption) for caption in shapes.held_out_captions(1000, 0, split)}
+    assert len(seen) > 100 and not seen & (held_out["val"] | held_out["test"])
+    assert not held_out["val"] & held_out["test"]
+
+
+def test_the_learning_rate_and_the_clipped_gradient_reach_the_optimizer(monkeypatch):
+    state = new_state(config(train__clip=1e-3, train__lr=0.01))
+    norms, rates = [], []
+    plain = type(state.optimizer).step
+
+    def step(self, lr, grads):
+        norms.append(np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values())))
+        rates.append(lr)
+        plain(self, lr, grads)
+
+    monkeypatch.setattr(type(state.optimizer), "step", step)
+    logs = run(state)
+    assert norms == pytest.approx([1e-3] * 8, rel=1e-4) and all(r.grad_norm > 1e-3 for r in logs)
+    assert rates == [r.lr for r in logs] == [learning_rate(i, 8, 0.01, 2) for i in range(1, 9)]
+    assert rates[1] == 0.01 and rates[0] == 0.005 and rates[-1] < 1e-3
+
+
+def test_a_network_without_cross_attention_trains():
+    state = new_state(config(unet__attention="none,none", unet__mid_attention="none"))
+    assert len(run(state)) == 8
 
 
 def test_weights_are_chosen_by_name(tmp_path):
@@ -188,6 +299,18 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     save_checkpoint(tmp_path / FILE, parts, about)
     with pytest.raises(UserError, match=r"do not fit the model .*of another shape"):
         load_state(tmp_path / FILE)
+
+
+def test_a_checkpoint_without_its_facts_is_refused(tmp_path):
+    from minidiff.checkpoint import load_checkpoint, save_checkpoint
+
+    save_state(new_state(config()), tmp_path / FILE)
+    parts, about = load_checkpoint(tmp_path / FILE)
+    del about["words"]
+    save_checkpoint(tmp_path / FILE, parts, about)
+    for load in (load_state, load_model):
+        with pytest.raises(UserError, match="has no 'words' in its metadata"):
+            load(tmp_path / FILE)
 
 
 # ---- as a process: killed, interrupted
@@ -230,7 +353,7 @@ def test_kill_9_at_random_moments_loses_only_the_steps_since_the_checkpoint(tmp_
     for _ in range(4):
         process = start(*arguments)
         before = load_state(killed / FILE).step if (killed / FILE).exists() else 0
-        wait_for_step(process, killed, min(before + moments.randint(6, 14), steps - 1))
+        wait_for_step(process, killed, min(before + moments.randint(1, 14), steps - 1))
         time.sleep(moments.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -241,6 +364,19 @@ def test_kill_9_at_random_moments_loses_only_the_steps_since_the_checkpoint(tmp_
     finish(process)
     assert same_bits(load_state(whole / FILE), load_state(killed / FILE))
     assert [r["loss"] for r in read_log(whole)] == [r["loss"] for r in read_log(killed)]
+
+
+def test_a_run_killed_before_its_first_step_goes_on(tmp_path):
+    """Nothing is logged yet, but the folder holds a checkpoint, of step 0 or later, as soon as it holds anything."""
+    folder = tmp_path / "run"
+    process = start("shapes", "--out", folder, *flags(train__steps=5, train__save_every=100))
+    deadline = time.monotonic() + 60
+    while not (folder / FILE).exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finish(start("--resume", folder))
+    assert load_state(folder / FILE).step == 5
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):

@@ -14,7 +14,7 @@ Shapes: B scenes, M objects, S the picture's side, K the side of a patch around 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from itertools import combinations, permutations
 
@@ -557,17 +557,22 @@ def _agreement(thing: Object, phrase: Phrase) -> int:
     return (thing.colour == phrase.colour) + (thing.shape == phrase.shape) + size
 
 
-def score(images: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
-    """The shares of pictures (B, S, S, 3) that get each part of their captions right, and n = B."""
+SCORES = tuple(f.name for f in fields(Verdict))
+
+
+def judge(images: np.ndarray, captions: Sequence[str]) -> list[Verdict]:
+    """What each picture (B, S, S, 3) gets right of its caption."""
     if len(images) != len(captions) or not len(captions):
-        raise ValueError(f"score needs a caption for each image, not {len(captions)} for {len(images)}.")
-    verdicts = [compare(reading, text) for reading, text in zip(read_scenes(images), captions, strict=True)]
-    parts = ("colours", "shapes", "sizes", "relation", "all_right")
-    shares = {part: float(np.mean([getattr(verdict, part) for verdict in verdicts])) for part in parts}
-    return shares | {"n": len(verdicts)}
+        raise ValueError(f"judge needs a caption for each image, not {len(captions)} for {len(images)}.")
+    return [compare(reading, text) for reading, text in zip(read_scenes(images), captions, strict=True)]
+
+
+def score(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """The shares of pictures that get each part of their captions right."""
+    return {part: float(np.mean([getattr(verdict, part) for verdict in verdicts])) for part in SCORES}
 
 
 def chance(n: int, seed: int = 0, split: str = "test") -> dict[str, float]:
-    """`score` of true pictures against each other's captions: the level of a model deaf to its text."""
-    images, captions = batch(n, np.random.default_rng(seed), split)
-    return score(images, captions[1:] + captions[:1])
+    """`score` of true pictures (2 or more) against each other's captions: the level of a model deaf to its text."""
+    images, captions = batch(max(2, n), np.random.default_rng(seed), split)
+    return score(judge(images, captions[1:] + captions[:1]))

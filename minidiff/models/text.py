@@ -26,7 +26,11 @@ class TextEncoderConfig:
     heads: int = field(default=4, metadata={"help": "attention heads"})
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
+        if self.context < 2:
+            raise ValueError(f"text.context must be at least 2, for a caption's start and end, got {self.context}")
+        if self.layers < 0:
+            raise ValueError(f"text.layers must not be negative, got {self.layers}")
+        if self.heads < 1 or self.width < 1 or self.width % self.heads:
             raise ValueError(f"text.width: {self.width} does not divide into {self.heads} heads")
 
 

@@ -64,6 +64,8 @@ def neg(a: Any) -> Tensor:
 def power(a: Any, exponent: float) -> Tensor:
     """a ** exponent, for a fixed number as the exponent."""
     a = as_tensor(a)
+    if exponent == 0:  # 0 * x^-1 would be NaN at 0
+        return record("power", a.data**0, (a,), lambda dy: (0 * dy,))
     return record("power", a.data**exponent, (a,), lambda dy: (dy * exponent * a.data ** (exponent - 1),))
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from minidiff.errors import UserError
+
 PAD, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unknown>"
 SPECIAL = (PAD, START, END, UNKNOWN)
 
@@ -36,12 +38,17 @@ class WordTokenizer:
         return [word for word in self.split(caption) if word not in self.ids]
 
     def __call__(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Captions -> ids int64 (B, length), mask bool (B, length), False on padding; too many words are cut off."""
+        """Captions -> ids int64 (B, length), mask bool (B, length), False on padding.
+
+        Raises UserError for a caption of more than length - 2 words.
+        """
         if length < 2:
             raise ValueError(f"captions need a length of at least 2, for their start and end, got {length}")
         ids = np.full((len(captions), length), self.ids[PAD], dtype=np.int64)
         for row, caption in zip(ids, captions, strict=True):
-            words = self.split(caption)[: length - 2]
+            words = self.split(caption)
+            if len(words) > length - 2:
+                raise UserError(f"{caption!r} has {len(words)} words; the model reads at most {length - 2}")
             tokens = [START, *(word if word in self.ids else UNKNOWN for word in words), END]
             row[: len(tokens)] = [self.ids[token] for token in tokens]
         return ids, ids != self.ids[PAD]

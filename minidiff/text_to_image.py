@@ -125,5 +125,5 @@ class TextToImage(Module):
         return eps_from_prediction(answer, x_t, t, self.schedule, self.diffusion.prediction)
 
     def time_embedding(self, t: Array) -> Tensor:
-        """t (B,) -> the vector that every residual block receives."""
+        """t (B,) -> the vector that, after a SiLU, every residual block receives."""
         return self.unet.time_embedding(t)

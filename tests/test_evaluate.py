@@ -1,0 +1,80 @@
+"""The scores of `evaluate`, with models that draw what they should, something else, or nothing."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_train import config
+
+from minidiff import evaluate as module
+from minidiff.config import SampleConfig
+from minidiff.data import shapes
+from minidiff.evaluate import evaluate, guidance_sweep, summary, write_report
+from minidiff.train import averaged_weights, new_state
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Every call of `draw` that evaluate makes; the pictures are those of what `picture_of` makes of the captions."""
+    calls = SimpleNamespace(made=[], pictures={}, picture_of=lambda captions: captions)
+
+    def draw(model, captions, settings, seed=0):
+        calls.made.append((list(captions), settings, seed))
+        blank = np.zeros((32, 32, 3), np.float32)
+        return np.stack([calls.pictures.get(caption, blank) for caption in calls.picture_of(list(captions))])
+
+    monkeypatch.setattr(module, "draw", draw)
+    return calls
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_true_pictures_are_right_and_those_of_other_captions_are_not(drawn, split):
+    images, captions = shapes.batch(60, np.random.default_rng(0), split, objects=2)
+    drawn.pictures = dict(zip(captions, images, strict=True))
+    result = evaluate(None, SampleConfig(), 60, 0, split)
+    assert result.scores["all_right"] >= 0.98 and summary(result).endswith("(n=60)")
+    drawn.picture_of = lambda captions: captions[1:] + captions[:1]
+    wrong = evaluate(None, SampleConfig(), 60, 0, split)
+    assert wrong.scores["all_right"] <= 0.05 and wrong.scores["colours"] < 0.5
+    assert wrong.captions == result.captions == drawn.made[0][0]
+
+
+def types_of(caption):
+    return tuple(shapes.TYPES.index((p.colour, p.shape)) for p in shapes.parse(caption).phrases)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_the_captions_are_of_the_split_that_is_asked_for(drawn, split):
+    result = evaluate(None, SampleConfig(), 80, 3, split)
+    pairs = {tuple(pair) for pair in shapes.PAIRS[split].tolist()}
+    assert all(types_of(caption) in pairs for caption in result.captions)
+
+
+def test_the_seed_chooses_captions_and_noise(drawn):
+    a, b, again = (evaluate(None, SampleConfig(), 20, seed) for seed in (0, 1, 0))
+    assert a.captions == again.captions != b.captions
+    assert [seed for _, _, seed in drawn.made] == [0, 1, 0]
+
+
+def test_the_sweep_is_at_each_guidance_scale(drawn):
+    captions = shapes.held_out_captions(2, 0, "test")
+    guidance_sweep(None, captions, SampleConfig(steps=7), seed=5)
+    assert [settings.guidance for _, settings, _ in drawn.made] == list(module.GUIDANCE_SCALES)
+    assert all(settings.steps == 7 and seed == 5 for _, settings, seed in drawn.made)
+
+
+def test_a_report_of_a_real_model(tmp_path):
+    state = new_state(config())
+    before = {name: array.copy() for name, array in state.model.state().items()}
+    for array in state.optimizer.ema.values():
+        array += 0.01
+    settings = SampleConfig(steps=3)
+    with averaged_weights(state) as model:
+        assert all((array == state.optimizer.ema[name]).all() for name, array in model.state().items())
+        result = evaluate(model, settings, 5)
+        paths = write_report(model, settings, result, tmp_path, {"split": "test"})
+    assert all((array == before[name]).all() for name, array in state.model.state().items())
+    assert {p.name for p in paths} == {"captions.png", "filmstrip.png", "guidance.png", "evaluation.json"}
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert report["n"] == 5 and report["scores"] == result.scores
