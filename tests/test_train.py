@@ -212,6 +212,19 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path):
     assert fit(tame, tmp_path) and tame.step == 10
 
 
+def test_ruined_weights_are_not_saved(tmp_path):
+    assert fit(new_state(config()), tmp_path)
+    before = (tmp_path / FILE).read_bytes()
+
+    def ruin(state, path):
+        state.optimizer.ema["unet.conv_in.bias"][0] = np.nan
+
+    again = load_state(tmp_path / FILE, {"train.steps": 9, "train.sample_every": 9})
+    with pytest.raises(Diverged, match=r"step 9: unet\.conv_in\.bias is not finite.* is of step 8"):
+        fit(again, tmp_path, ruin)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
 def test_a_sample_grid_that_fails_does_not_stop_the_run(tmp_path, capsys):
     def on_sample(state, path):
         raise ValueError("no picture")
@@ -366,17 +379,15 @@ def test_kill_9_at_random_moments_loses_only_the_steps_since_the_checkpoint(tmp_
     assert [r["loss"] for r in read_log(whole)] == [r["loss"] for r in read_log(killed)]
 
 
-def test_a_run_killed_before_its_first_step_goes_on(tmp_path):
-    """Nothing is logged yet, but the folder holds a checkpoint, of step 0 or later, as soon as it holds anything."""
+def test_a_run_killed_before_its_first_checkpoint_goes_on(tmp_path):
     folder = tmp_path / "run"
-    process = start("shapes", "--out", folder, *flags(train__steps=5, train__save_every=100))
-    deadline = time.monotonic() + 60
-    while not (folder / FILE).exists() and time.monotonic() < deadline:
-        time.sleep(0.001)
+    process = start("shapes", "--out", folder, *flags(train__steps=100000, train__save_every=100000))
+    wait_for_step(process, folder, 1)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    finish(start("--resume", folder))
-    assert load_state(folder / FILE).step == 5
+    assert load_state(folder / FILE).step == 0
+    finish(start("--resume", folder, "--train.steps=5"))
+    assert [r["step"] for r in read_log(folder)] == [1, 2, 3, 4, 5]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
