@@ -42,7 +42,7 @@ RECIPES: dict[str, dict[str, str]] = {
     "text width 128": {"text.width": "128"},
     "lr 2e-3": {"train.lr": "2e-3"},
     "lr 3e-4": {"train.lr": "3e-4"},
-    "batch 64": {"train.batch": "32"},
+    "batch 64": {"train.batch": "64"},
     "EMA 0.99": {"train.ema_decay": "0.99"},
 }
 

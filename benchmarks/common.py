@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from minidiff.backend import active_kernels
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -22,6 +24,7 @@ def device() -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "blas": np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"],
+        "kernels": active_kernels(),
     }
 
 

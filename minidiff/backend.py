@@ -10,23 +10,40 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
 
+from minidiff.errors import UserError
+
 Array = Any  # a numpy.ndarray or a cupy.ndarray
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Kernel(Protocol[P, R]):
+    """An op's function, run by the active kind of kernels; `.reference` runs the plain one whatever is active."""
+
+    reference: Callable[P, R]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The result."""
+
 
 REFERENCE: dict[str, Callable[..., Any]] = {}
 """Every kernel by name, in its reference form."""
 
-MODULES: dict[str, ModuleType | None] = {"reference": None}
+MODULES: dict[str, Any] = {"reference": None}
 """The kinds of kernels that can be made active here. `None`: no compiled module, every op is the reference."""
 
 _active = "reference"
+
+missing: dict[str, str] = {}
+"""Why a compiled module is not here, by kind."""
 
 
 def array_module(*arrays: Array) -> ModuleType:
@@ -57,7 +74,7 @@ def device_module(device: str) -> ModuleType:
     return cupy
 
 
-def kernel(reference: F) -> F:
+def kernel(reference: Callable[P, R]) -> Kernel[P, R]:
     """Enter a reference function in the table of kernels, and dispatch calls to the active kind.
 
     The undecorated function stays reachable as `.reference`.
@@ -70,7 +87,7 @@ def kernel(reference: F) -> F:
         return getattr(MODULES[_active], name, reference)(*args, **kwargs)
 
     call.reference = reference  # type: ignore[attr-defined]
-    return call  # type: ignore[return-value]
+    return cast(Kernel[P, R], call)
 
 
 @contextlib.contextmanager
@@ -79,14 +96,37 @@ def kernels(kind: str) -> Iterator[None]:
 
     Raises ValueError for a kind that is not built here; `minidiff doctor` lists what is.
     """
-    global _active
     if kind not in MODULES:
         raise ValueError(f"there are no {kind!r} kernels here; built: {', '.join(MODULES)} (see: minidiff doctor)")
-    before, _active = _active, kind
+    before = _active
+    _switch(kind)
     try:
         yield
     finally:
-        _active = before
+        _switch(before)
+
+
+def _switch(kind: str) -> None:
+    global _active
+    _active = kind
+    getattr(MODULES[kind], "activate", lambda: None)()
+
+
+def load_compiled() -> None:
+    """Enter the compiled modules that are here in the table, and make the best the active one.
+
+    The environment variable MINIDIFF_KERNELS names another kind to begin with, such as "reference".
+    """
+    try:
+        from minidiff import cpu
+    except ImportError as e:
+        missing["cpu"] = str(e)
+    else:
+        MODULES.update(cpu.kinds())
+    wanted = os.environ.get("MINIDIFF_KERNELS", "cpu" if "cpu" in MODULES else "reference")
+    if wanted not in MODULES:
+        raise UserError(f"MINIDIFF_KERNELS: there are no {wanted!r} kernels here; built: {', '.join(MODULES)}")
+    _switch(wanted)
 
 
 def active_kernels() -> str:

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 
 from minidiff import __version__
-from minidiff.backend import MODULES, REFERENCE, active_kernels, fallbacks
+from minidiff.backend import MODULES, REFERENCE, active_kernels, fallbacks, missing
 from minidiff.config import presets
 
 
@@ -22,6 +22,7 @@ def report() -> str:
         f"NumPy {np.__version__}, matrix products by {_blas()}, {os.cpu_count()} CPU cores",
         f"CuPy: {_cupy()}",
         f"kernels: {', '.join(MODULES)}; in use: {active_kernels()}",
+        _cpu(),
     ]
     for kind in MODULES:
         if kind != "reference":
@@ -34,6 +35,19 @@ def report() -> str:
 def _blas() -> str:
     blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     return f"{blas.get('name', 'an unknown BLAS')} {blas.get('version', '')}".strip()
+
+
+def _cpu() -> str:
+    if "cpu" in missing:
+        return (
+            f"compiled CPU kernels: not here ({missing['cpu']}), so NumPy computes, several times slower; "
+            "with a C++ compiler (apt install g++, or xcode-select --install): pip install --force-reinstall minidiff, "
+            "or pip install -e . in a clone"
+        )
+    from minidiff import _cpu
+
+    sets, used = _cpu.instruction_sets(), MODULES["cpu"].instruction_set
+    return f"compiled CPU kernels: {used} (of {', '.join(sets)}), {_cpu.num_threads()} threads"
 
 
 def _cupy() -> str:

@@ -120,9 +120,9 @@ class Linear(Module):
         self.weight = Parameter((d_in, d_out), init, hidden=True)
         self.bias = Parameter((d_out,), init) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D_in) -> (..., D_out)."""
-        return ops.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., D_in) -> (..., D_out), + residual if given."""
+        return ops.linear(x, self.weight, self.bias, residual)
 
 
 class Conv2d(Module):
@@ -136,9 +136,9 @@ class Conv2d(Module):
         self.bias = Parameter((c_out,), init)
         self.stride, self.padding = stride, padding
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C_in) -> (B, H_out, W_out, C_out)."""
-        return ops.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+    def forward(self, x: Tensor, **around: Any) -> Tensor:
+        """(B, H, W, C_in) -> (B, H_out, W_out, C_out); around: beside, shift, residual, upsample of `ops.conv2d`."""
+        return ops.conv2d(x, self.weight, self.bias, self.stride, self.padding, **around)
 
 
 class GroupNorm(Module):
@@ -149,9 +149,9 @@ class GroupNorm(Module):
         self.bias = Parameter((channels,), "zeros")
         self.groups, self.eps, self.silu = groups, eps, silu
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape as x."""
-        return ops.group_norm(x, self.weight, self.bias, self.groups, self.eps, self.silu)
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Same shape as x; scale and shift (B, C) or None, applied before the SiLU."""
+        return ops.group_norm(x, self.weight, self.bias, self.groups, self.eps, self.silu, scale, shift)
 
 
 class LayerNorm(Module):

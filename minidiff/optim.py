@@ -9,7 +9,7 @@ import numpy as np
 
 from minidiff.backend import Array, array_module, kernel
 from minidiff.nn import Parameter
-from minidiff.threads import num_threads, parallel_map
+from minidiff.threads import num_workers, parallel_map
 
 
 def clip_factor(norm: float, limit: float) -> float:
@@ -17,11 +17,13 @@ def clip_factor(norm: float, limit: float) -> float:
     return min(1.0, limit / norm) if norm > 0 else 1.0
 
 
+@kernel
 def gradient_norm(grads: Sequence[Array]) -> float:
     """The Euclidean norm of all gradients together; the squares are summed in float64."""
     return math.sqrt(sum(float((g * g).sum(dtype=np.float64)) for g in grads))
 
 
+@kernel
 def orthogonalised(matrices: Sequence[Array], steps: int = 5) -> list[Array]:
     """Of each matrix g one with its singular vectors, and singular values near 1 (about 0.7 to 1.2).
 
@@ -53,27 +55,46 @@ def orthogonalised(matrices: Sequence[Array], steps: int = 5) -> list[Array]:
 
 @kernel
 def adamw_update(
-    p: Array, g: Array, m: Array, v: Array, ema: Array,
-    lr: float, beta1: float, beta2: float, eps: float, decay: float, step: int, ema_decay: float,
+    p: Sequence[Array], g: Sequence[Array], m: Sequence[Array], v: Sequence[Array], ema: Sequence[Array],
+    g_factor: float, lr: float, beta1: float, beta2: float, eps: float, decay: Sequence[float], step: int,
+    ema_decay: float,
 ) -> None:  # fmt: skip
-    """One step for one parameter, in place, step = 1, 2, ... Loshchilov and Hutter 2017, arXiv 1711.05101.
+    """One step for a list of parameters, in place, step = 1, 2, ... Loshchilov and Hutter 2017, arXiv 1711.05101.
 
+    g <- g_factor g (the clipping)
     m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2
     p <- p - lr (mhat / (sqrt(vhat) + eps) + decay p),  mhat = m / (1 - beta1^step), vhat = v / (1 - beta2^step)
     ema <- ema + (1 - ema_decay) (p - ema)
     """
-    m += (1 - beta1) * (g - m)
-    v += (1 - beta2) * (g * g - v)
-    denominator = array_module(p).sqrt(v / (1 - beta2**step)) + eps
-    p -= lr * (m / (1 - beta1**step) / denominator + decay * p)
-    ema += (1 - ema_decay) * (p - ema)
+    for p_, g_, m_, v_, ema_, decay_ in zip(p, g, m, v, ema, decay, strict=True):
+        g_ = g_ * g_factor
+        m_ += (1 - beta1) * (g_ - m_)
+        v_ += (1 - beta2) * (g_ * g_ - v_)
+        denominator = array_module(p_).sqrt(v_ / (1 - beta2**step)) + eps
+        p_ -= lr * (m_ / (1 - beta1**step) / denominator + decay_ * p_)
+        ema_ += (1 - ema_decay) * (p_ - ema_)
 
 
 @kernel
-def descend(p: Array, u: Array, ema: Array, lr: float, decay: float, ema_decay: float) -> None:
-    """One step along u, in place: p <- p - lr (u + decay p),  ema <- ema + (1 - ema_decay) (p - ema)."""
-    p -= lr * (u + decay * p)
-    ema += (1 - ema_decay) * (p - ema)
+def muon_momentum(g: Sequence[Array], m: Sequence[Array], g_factor: float, mu: float) -> list[Array]:
+    """m <- mu m + (1 - mu) g_factor g, in place; the directions (1 - mu) g_factor g + mu m."""
+    directions = []
+    for g_, m_ in zip(g, m, strict=True):
+        g_ = g_ * g_factor
+        m_ += (1 - mu) * (g_ - m_)
+        directions.append((1 - mu) * g_ + mu * m_)
+    return directions
+
+
+@kernel
+def descend(
+    p: Sequence[Array], u: Sequence[Array], ema: Sequence[Array], lr: float, length: Sequence[float],
+    decay: Sequence[float], ema_decay: float,
+) -> None:  # fmt: skip
+    """One step along each u, in place: p <- p - lr (length u + decay p),  ema <- ema + (1 - ema_decay) (p - ema)."""
+    for p_, u_, ema_, length_, decay_ in zip(p, u, ema, length, decay, strict=True):
+        p_ -= lr * (length_ * u_ + decay_ * p_)
+        ema_ += (1 - ema_decay) * (p_ - ema_)
 
 
 class AdamW:
@@ -98,21 +119,21 @@ class AdamW:
         self.ema = {name: p.data.copy() for name, p in parameters.items()}
         self.step_number = 0
 
-    def step(self, lr: float, grads: dict[str, Array]) -> None:
-        """Update every parameter and its average from its gradient."""
+    def step(self, lr: float, grads: dict[str, Array], factor: float = 1.0) -> None:
+        """Update every parameter and its average from its gradient, which is first multiplied by `factor`."""
         self.step_number += 1
         names = list(self.parameters)
-        threads = num_threads(array_module(self.parameters[names[0]].data))
-        for _ in parallel_map(lambda i: self._update(names[i::threads], lr, grads), range(threads), threads):
+        workers = num_workers(array_module(self.parameters[names[0]].data))
+        for _ in parallel_map(lambda i: self._update(names[i::workers], lr, grads, factor), range(workers), workers):
             pass
 
-    def _update(self, names: Sequence[str], lr: float, grads: dict[str, Array]) -> None:
-        for name in names:
-            p = self.parameters[name]
-            adamw_update(
-                p.data, grads[name], self.m[name], self.v[name], self.ema[name],
-                lr, *self.betas, self.eps, self._decay(p), self.step_number, self._ema_decay(),
-            )  # fmt: skip
+    def _update(self, names: Sequence[str], lr: float, grads: dict[str, Array], factor: float) -> None:
+        parameters = [self.parameters[name] for name in names]
+        g, m, v, ema = ([table[name] for name in names] for table in (grads, self.m, self.v, self.ema))
+        adamw_update(
+            [p.data for p in parameters], g, m, v, ema, factor, lr, *self.betas, self.eps,
+            [self._decay(p) for p in parameters], self.step_number, self._ema_decay(),
+        )  # fmt: skip
 
     def _decay(self, p: Parameter) -> float:
         return self.weight_decay if p.ndim > 1 else 0.0
@@ -136,18 +157,18 @@ class Muon(AdamW):
     momentum = 0.95
     ratio = 10.0
 
-    def _update(self, names: Sequence[str], lr: float, grads: dict[str, Array]) -> None:
+    def _update(self, names: Sequence[str], lr: float, grads: dict[str, Array], factor: float) -> None:
         hidden = [name for name in names if self.parameters[name].hidden]
-        super()._update([name for name in names if not self.parameters[name].hidden], lr, grads)
-        directions = []
-        for name in hidden:
-            g, m = grads[name], self.m[name]
-            m += (1 - self.momentum) * (g - m)
-            directions.append(((1 - self.momentum) * g + self.momentum * m).reshape(-1, g.shape[-1]))
-        for name, u in zip(hidden, orthogonalised(directions), strict=True):
-            p = self.parameters[name]
-            u = u.reshape(p.shape) * math.sqrt(max(1, u.shape[1] / u.shape[0]))
-            descend(p.data, u, self.ema[name], self.ratio * lr, self._decay(p) / self.ratio, self._ema_decay())
+        super()._update([name for name in names if not self.parameters[name].hidden], lr, grads, factor)
+        parameters = [self.parameters[name] for name in hidden]
+        u = muon_momentum([grads[name] for name in hidden], [self.m[name] for name in hidden], factor, self.momentum)
+        u = orthogonalised([a.reshape(-1, a.shape[-1]) for a in u])
+        lengths = [math.sqrt(max(1, a.shape[1] / a.shape[0])) for a in u]
+        descend(
+            [p.data for p in parameters], [a.reshape(p.shape) for a, p in zip(u, parameters, strict=True)],
+            [self.ema[name] for name in hidden], self.ratio * lr, lengths,
+            [self._decay(p) / self.ratio for p in parameters], self._ema_decay(),
+        )  # fmt: skip
 
 
 OPTIMIZERS = {"adamw": AdamW, "muon": Muon}

@@ -19,7 +19,7 @@ from minidiff.random import Purpose, normal
 from minidiff.samplers import SamplerStep, ddim, ddpm, spaced_timesteps
 from minidiff.tensor import no_grad
 from minidiff.text_to_image import TextToImage
-from minidiff.threads import num_threads, parallel_map
+from minidiff.threads import num_workers, parallel_map
 
 
 def denoise(
@@ -58,7 +58,7 @@ def draw(
         *_, last = denoise(model, captions[first : first + batch], settings, seed, first)
         return to_numpy(model.decode(last.x_prev))
 
-    threads = num_threads(model.array_module)
+    threads = num_workers(model.array_module)
     return np.concatenate(list(parallel_map(draw_batch, range(0, len(captions), batch), threads)))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minidiff.backend import Array, array_module, to_numpy
+from minidiff.backend import Array, array_module, kernel, to_numpy
 
 Backward = Callable[[Array], Sequence[Array | None]]
 
@@ -128,7 +128,7 @@ class Tensor:
             if node is None:
                 if not dy.flags.c_contiguous:  # e.g. the spread gradient of a sum, one number read many times
                     dy = dy.copy()
-                tensor.grad = dy if tensor.grad is None else tensor.grad + dy
+                tensor.grad = dy if tensor.grad is None else accumulate(tensor.grad, dy)
                 continue
             if node.backward is None:
                 raise RuntimeError(f"backward through {node.name} twice: the first pass freed the graph")
@@ -140,7 +140,7 @@ class Tensor:
                 if dx.dtype.itemsize > x.dtype.itemsize:  # an operand of higher precision
                     dx = dx.astype(x.dtype)
                 # `=` in place of `+` would lose all but the last use of a Tensor that is used twice
-                grads[id(x)] = grads[id(x)] + dx if id(x) in grads else dx
+                grads[id(x)] = accumulate(grads[id(x)], dx) if id(x) in grads else dx
             node.backward, node.inputs = None, ()
 
     if TYPE_CHECKING:  # operators and methods are ops like any other; minidiff/ops/__init__.py attaches them
@@ -205,6 +205,12 @@ def record(name: str, y: Array, inputs: tuple[Tensor, ...], backward: Backward) 
         out.requires_grad = True
         out.node = Node(name, inputs, backward)
     return out
+
+
+@kernel
+def accumulate(a: Array, b: Array) -> Array:
+    """a + b, two gradients of the same Tensor."""
+    return a + b
 
 
 def unbroadcast(dy: Array, shape: tuple[int, ...]) -> Array:

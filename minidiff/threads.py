@@ -18,22 +18,44 @@ from typing import TypeVar
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from minidiff.backend import active_kernels
 from minidiff.errors import UserError
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 
+_wanted = 0  # by set_num_threads
+
+
+def set_num_threads(n: int) -> None:
+    """Use n threads from now on, in the compiled kernels as well. Raises ValueError for less than 1."""
+    global _wanted
+    if n < 1:
+        raise ValueError(f"the number of threads must be at least 1, got {n}")
+    _wanted = n
+    compiled = sys.modules.get("minidiff._cpu")
+    if compiled is not None:
+        compiled.set_num_threads(n)
+
+
 def num_threads(xp: ModuleType = np) -> int:
-    """MINIDIFF_NUM_THREADS, or else the number of cores that this process may use; 1 for work on CuPy's arrays."""
+    """What was set; or MINIDIFF_NUM_THREADS; or the cores that this process may use. 1 for work on CuPy's arrays."""
     if xp is not np:
         return 1
+    if _wanted:
+        return _wanted
     wanted = os.environ.get("MINIDIFF_NUM_THREADS", "")
     if wanted:
         if not wanted.isdecimal() or int(wanted) < 1:
             raise UserError(f"MINIDIFF_NUM_THREADS must be a number of threads, 1 or more, got {wanted!r}")
         return int(wanted)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_workers(xp: ModuleType = np) -> int:
+    """How many Python threads should share work: 1 where the kernels have threads of their own."""
+    return num_threads(xp) if active_kernels() == "reference" else 1
 
 
 @cache

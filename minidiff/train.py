@@ -30,8 +30,9 @@ from minidiff.data import Dataset, open_data
 from minidiff.errors import UserError
 from minidiff.optim import OPTIMIZERS, AdamW, clip_factor, gradient_norm, learning_rate
 from minidiff.random import Purpose, normal, uniform
+from minidiff.tensor import accumulate
 from minidiff.text_to_image import TextToImage
-from minidiff.threads import num_threads, parallel_map
+from minidiff.threads import num_workers, parallel_map
 
 LOG = "log.jsonl"
 
@@ -228,7 +229,7 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
     def draw(step: int) -> list[Batch]:
         return [draw_batch(state, data, step, part) for part in range(c.accumulate)]
 
-    threads = min(num_threads(state.model.array_module), c.accumulate)
+    threads = min(num_workers(state.model.array_module), c.accumulate)
     copy_of = state.config, state.model.tokenizer.words, state.model.image_shape
     models = [state.model, *(_model(*copy_of, seed=None) for _ in range(threads - 1))]
     with ThreadPoolExecutor(1, "data") as pool:
@@ -242,10 +243,8 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise Diverged(_not_finite(state.step + 1, loss, grads))
             factor = clip_factor(norm, c.clip)
-            if factor < 1:
-                grads = {name: g * factor for name, g in grads.items()}
             lr = learning_rate(state.step + 1, state.config.train.steps, c.lr, c.warmup)
-            state.optimizer.step(lr, grads)
+            state.optimizer.step(lr, grads, factor)
             seconds = time.perf_counter() - started
             state.seconds += seconds
             if state.config.train.minutes and state.step >= measured:
@@ -277,7 +276,7 @@ def loss_and_gradients(models: Sequence[TextToImage], batches: Sequence[Batch]) 
     grads: dict[str, Any] = {}
     for loss, part in parallel_map(one_pass, batches, len(models)):
         total += loss
-        grads = {name: grads[name] + g for name, g in part.items()} if grads else part
+        grads = {name: accumulate(grads[name], g) for name, g in part.items()} if grads else part
     return total, grads
 
 

@@ -44,10 +44,10 @@ class SelfAttention(Module):
         self.out_proj = Linear(width, width, zero=True)
         self.heads = heads
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D), + residual."""
         y = ops.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True)
-        return self.out_proj(y)
+        return self.out_proj(y, residual)
 
 
 class MLP(Module):
@@ -57,9 +57,9 @@ class MLP(Module):
         self.fc1 = Linear(width, 4 * width)
         self.fc2 = Linear(4 * width, width, zero=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        return self.fc2(ops.gelu(self.fc1(x), "quick"))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D), + residual."""
+        return self.fc2(ops.gelu(self.fc1(x), "quick"), residual)
 
 
 class EncoderLayer(Module):
@@ -73,8 +73,8 @@ class EncoderLayer(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        x = self.self_attn(self.layer_norm1(x), x)
+        return self.mlp(self.layer_norm2(x), x)
 
 
 class TextEncoder(Module):

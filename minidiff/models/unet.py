@@ -100,21 +100,20 @@ class ResBlock(Module):
         self.norm1 = GroupNorm(c_in, groups, eps, silu=True)
         self.conv1 = Conv2d(c_in, c_out)
         self.time_emb_proj = Linear(4 * config.channels[0], 2 * c_out if self.scale_shift else c_out)
-        self.norm2 = GroupNorm(c_out, groups, eps, silu=not self.scale_shift)
+        self.norm2 = GroupNorm(c_out, groups, eps, silu=True)
         self.conv2 = Conv2d(c_out, c_out, zero=True)
         self.conv_shortcut = Conv2d(c_in, c_out, kernel=1, padding=0) if c_in != c_out else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, H, W, C_in), emb = silu(timestep vector) (B, D) -> (B, H, W, C_out)."""
         time = self.time_emb_proj(emb)
-        time = time.reshape(time.shape[0], 1, 1, -1)
-        h = self.conv1(self.norm1(x))
+        h = self.norm1(x)
         if self.scale_shift:
-            C = h.shape[-1]
-            h = ops.silu(self.norm2(h) * (1 + time[..., :C]) + time[..., C:])
+            C = time.shape[-1] // 2
+            h = self.norm2(self.conv1(h), scale=time[:, :C], shift=time[:, C:])
         else:
-            h = self.norm2(h + time)
-        return self.conv2(h) + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+            h = self.norm2(self.conv1(h, shift=time))
+        return self.conv2(h, residual=x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Attention(Module):
@@ -127,11 +126,13 @@ class Attention(Module):
         self.to_out = [Linear(width, width)]  # a list, because diffusers keeps a dropout beside it
         self.heads = heads
 
-    def forward(self, x: Tensor, tokens: Tensor | None = None, mask: Array | None = None) -> Tensor:
-        """x (B, N, C), tokens (B, L, D) or None for self-attention -> (B, N, C)."""
+    def forward(
+        self, x: Tensor, tokens: Tensor | None = None, mask: Array | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """x (B, N, C), tokens (B, L, D) or None for self-attention -> (B, N, C), + residual if given."""
         source = x if tokens is None else tokens
         y = ops.attention(self.to_q(x), self.to_k(source), self.to_v(source), self.heads, mask=mask)
-        return self.to_out[0](y)
+        return self.to_out[0](y, residual)
 
 
 class SelfAttentionBlock(Attention):
@@ -141,10 +142,13 @@ class SelfAttentionBlock(Attention):
         super().__init__(c, heads, bias=True)
         self.group_norm = GroupNorm(c, config.norm_groups, config.norm_eps)
 
-    def forward(self, x: Tensor, tokens: Tensor | None = None, mask: Array | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, tokens: Tensor | None = None, mask: Array | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C); the text is not looked at."""
         B, H, W, C = x.shape
-        return x + super().forward(self.group_norm(x).reshape(B, H * W, C)).reshape(B, H, W, C)
+        flat = x.reshape(B, H * W, C)
+        return super().forward(self.group_norm(flat), residual=flat).reshape(B, H, W, C)
 
 
 class GEGLU(Module):
@@ -164,9 +168,9 @@ class FeedForward(Module):
     def __init__(self, c: int):
         self.net = [GEGLU(c, 4 * c), Module(), Linear(4 * c, c)]  # diffusers has a dropout in the middle
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
-        return self.net[2](self.net[0](x))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, N, C) -> (B, N, C), + residual if given."""
+        return self.net[2](self.net[0](x), residual)
 
 
 class TransformerBlock(Module):
@@ -182,9 +186,9 @@ class TransformerBlock(Module):
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Array | None) -> Tensor:
         """x (B, N, C), tokens (B, L, D), mask (B, L) or None -> (B, N, C)."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), tokens, mask)
-        return x + self.ff(self.norm3(x))
+        x = self.attn1(self.norm1(x), residual=x)
+        x = self.attn2(self.norm2(x), tokens, mask, residual=x)
+        return self.ff(self.norm3(x), residual=x)
 
 
 class CrossAttentionBlock(Module):
@@ -205,7 +209,7 @@ class CrossAttentionBlock(Module):
         h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
         for block in self.transformer_blocks:
             h = block(h, tokens, mask)
-        return x + self.proj_out(h.reshape(B, H, W, C))
+        return self.proj_out(h.reshape(B, H, W, C), residual=x)
 
 
 def _attention_block(kind: str, level: int, config: UNetConfig) -> Module | None:
@@ -236,7 +240,7 @@ class Upsample(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, 2 H, 2 W, C)."""
-        return self.conv(ops.upsample_nearest(x, 2))
+        return self.conv(x, upsample=2)
 
 
 class DownBlock(Module):

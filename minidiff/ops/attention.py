@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 from minidiff.backend import Array, array_module, kernel
-from minidiff.ops.softmax import softmax_backward, softmax_forward
 from minidiff.tensor import Tensor, as_tensor, record, unbroadcast
 
 
@@ -26,8 +25,8 @@ def join_heads(x: Array) -> Array:
     return x.transpose(0, 2, 1, 3).reshape(B, L, heads * d)
 
 
-def attention_weights(q: Array, k: Array, heads: int, scale: float, bias: Array | None, causal: bool) -> Array:
-    """softmax(Q K^T * scale + bias): how much each query takes from each key, (B, heads, Lq, Lk)."""
+def attention_scores(q: Array, k: Array, heads: int, scale: float, bias: Array | None, causal: bool) -> Array:
+    """Q K^T * scale + bias: how well each key matches each query, (B, heads, Lq, Lk)."""
     xp = array_module(q)
     scores = split_heads(q, heads) @ split_heads(k, heads).swapaxes(-1, -2)
     scores *= scale
@@ -36,28 +35,47 @@ def attention_weights(q: Array, k: Array, heads: int, scale: float, bias: Array 
     if causal:
         Lq, Lk = scores.shape[-2:]
         scores = xp.where(xp.tri(Lq, Lk, dtype=bool), scores, -xp.inf)
-    return softmax_forward(scores)
+    return scores
 
 
 @kernel
 def attention_forward(
     q: Array, k: Array, v: Array, heads: int, scale: float, bias: Array | None, causal: bool
 ) -> tuple[Array, Array]:
-    """q (B, Lq, D), k (B, Lk, D), v (B, Lk, Dv) -> y (B, Lq, Dv), and for the backward the weights."""
-    p = attention_weights(q, k, heads, scale, bias, causal)
-    return join_heads(p @ split_heads(v, heads)), p
+    """q (B, Lq, D), k (B, Lk, D), v (B, Lk, Dv) -> y (B, Lq, Dv), and for the backward lse (B, heads, Lq).
+
+    lse, the logarithm of the sum of a row's exponentials, gives back the weights, exp(score - lse), without keeping
+    them: memory stays linear in the number of tokens for kernels that work by blocks.
+    """
+    scores = attention_scores(q, k, heads, scale, bias, causal)
+    top = scores.max(axis=-1, keepdims=True)
+    p = array_module(q).exp(scores - top)
+    total = p.sum(axis=-1, keepdims=True)
+    p /= total
+    return join_heads(p @ split_heads(v, heads)), (top + array_module(q).log(total))[..., 0]
 
 
 @kernel
 def attention_backward(
-    dy: Array, q: Array, k: Array, v: Array, p: Array, heads: int, scale: float
-) -> tuple[Array, Array, Array, Array]:
-    """dV = P^T dY, dP = dY V^T, dS = softmax backward, dQ = dS K * scale, dK = dS^T Q * scale; also dS, for a bias."""
-    dy_, q_, k_, v_ = (split_heads(a, heads) for a in (dy, q, k, v))
-    dv = p.swapaxes(-1, -2) @ dy_
-    ds = softmax_backward(dy_ @ v_.swapaxes(-1, -2), p)
-    dq = ds @ k_
-    dk = ds.swapaxes(-1, -2) @ q_
+    dy: Array,
+    y: Array,
+    lse: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    heads: int,
+    scale: float,
+    bias: Array | None,
+    causal: bool,
+) -> tuple[Array, Array, Array, Array | None]:
+    """With P = exp(S - lse): dV = P^T dY, dS = P (dY V^T - rows of dY . Y), dQ = dS K * scale, dK = dS^T Q * scale.
+
+    The last result is dS (B, heads, Lq, Lk), the gradient of a bias; kernels that never hold it return None.
+    """
+    p = array_module(q).exp(attention_scores(q, k, heads, scale, bias, causal) - lse[..., None])
+    dy_, y_, q_, k_, v_ = (split_heads(a, heads) for a in (dy, y, q, k, v))
+    ds = p * (dy_ @ v_.swapaxes(-1, -2) - (dy_ * y_).sum(axis=-1, keepdims=True))
+    dq, dk, dv = ds @ k_, ds.swapaxes(-1, -2) @ q_, p.swapaxes(-1, -2) @ dy_
     return join_heads(dq) * scale, join_heads(dk) * scale, join_heads(dv), ds
 
 
@@ -88,11 +106,13 @@ def attention(
         added = hidden if added is None else added + hidden
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1] // heads)
-    y, p = attention_forward(q.data, k.data, v.data, heads, scale, added, causal)
+    y, lse = attention_forward(q.data, k.data, v.data, heads, scale, added, causal)
 
     def backward(dy: Array) -> tuple[Array, ...]:
-        dq, dk, dv, ds = attention_backward(dy, q.data, k.data, v.data, p, heads, scale)
-        return (dq, dk, dv) if bias is None else (dq, dk, dv, unbroadcast(ds, bias.shape))
+        # the bias's own gradient needs the whole of dS, which only the reference holds
+        call = attention_backward.reference if bias is not None and bias.requires_grad else attention_backward
+        dq, dk, dv, ds = call(dy, y, lse, q.data, k.data, v.data, heads, scale, added, causal)
+        return (dq, dk, dv) if bias is None else (dq, dk, dv, None if ds is None else unbroadcast(ds, bias.shape))
 
     return record("attention", y, (q, k, v) if bias is None else (q, k, v, bias), backward)
 

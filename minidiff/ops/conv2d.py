@@ -9,6 +9,7 @@ position lies a window of kh * kw * C_in inputs; laid out as rows (im2col) they 
 from __future__ import annotations
 
 from minidiff.backend import Array, array_module, kernel
+from minidiff.ops.upsample import upsample_nearest_backward, upsample_nearest_forward
 from minidiff.tensor import Tensor, as_tensor, record
 
 Padding = int | tuple[tuple[int, int], tuple[int, int]]  # the same on all sides, or ((top, bottom), (left, right))
@@ -37,28 +38,47 @@ def im2col(padded: Array, kh: int, kw: int, stride: int) -> Array:
     return windows.reshape(B, H_out, W_out, kh * kw * C)
 
 
+def _seen(x: Array, x2: Array | None, upsample: int) -> Array:
+    """The image as the convolution sees it: both inputs' channels, every pixel repeated."""
+    if x2 is not None:
+        x = array_module(x).concatenate([x, x2], axis=3)
+    return x if upsample == 1 else upsample_nearest_forward.reference(x, upsample)
+
+
 @kernel
-def conv2d_forward(x: Array, w: Array, b: Array | None, stride: int, sides: Sides) -> Array:
-    """x (B, H, W, C_in), w (kh, kw, C_in, C_out), b (C_out,) or None -> y (B, H_out, W_out, C_out)."""
+def conv2d_forward(
+    x: Array, w: Array, b: Array | None, stride: int, sides: Sides,
+    x2: Array | None = None, shift: Array | None = None, residual: Array | None = None, upsample: int = 1,
+) -> Array:  # fmt: skip
+    """x (B, H, W, C_in), w (kh, kw, C_in, C_out), b (C_out,) or None -> y (B, H_out, W_out, C_out).
+
+    x2: more input channels beside x's. shift (B, C_out) and residual, like y, are added. upsample: times in H and W.
+    """
     kh, kw, C_in, C_out = w.shape
-    columns = im2col(pad_image(x, sides), kh, kw, stride)
+    columns = im2col(pad_image(_seen(x, x2, upsample), sides), kh, kw, stride)
     y = columns.reshape(-1, kh * kw * C_in) @ w.reshape(-1, C_out)
     if b is not None:
         y += b
-    return y.reshape(*columns.shape[:3], C_out)
+    y = y.reshape(*columns.shape[:3], C_out)
+    if shift is not None:
+        y += shift[:, None, None]
+    if residual is not None:
+        y += residual
+    return y
 
 
 @kernel
 def conv2d_backward(
-    dy: Array, x: Array, w: Array, stride: int, sides: Sides, needs_dx: bool
-) -> tuple[Array | None, Array, Array]:
-    """dx sends dy @ W[p, q]^T back to where W[p, q] read; dW = columns^T dy; db = the sum of dy."""
+    dy: Array, x: Array, w: Array, stride: int, sides: Sides,
+    x2: Array | None = None, upsample: int = 1, needs_dx: bool = True, needs_dw: bool = True,
+) -> tuple[Array | None, Array | None, Array | None, Array]:  # fmt: skip
+    """dx (and dx2) send dy @ W[p, q]^T back to where W[p, q] read; dW = columns^T dy; dshift sums dy over positions."""
     kh, kw, C_in, C_out = w.shape
     H_out, W_out = dy.shape[1:3]
     rows = dy.reshape(-1, C_out)
-    padded = pad_image(x, sides)
-    dw = im2col(padded, kh, kw, stride).reshape(-1, kh * kw * C_in).T @ rows
-    dx = None
+    padded = pad_image(_seen(x, x2, upsample), sides)
+    dw = im2col(padded, kh, kw, stride).reshape(-1, kh * kw * C_in).T @ rows if needs_dw else None
+    dx = dx2 = None
     if needs_dx:
         dpadded = array_module(x).zeros_like(padded)
         for p in range(kh):
@@ -66,34 +86,81 @@ def conv2d_backward(
                 here = dpadded[:, p : p + H_out * stride : stride, q : q + W_out * stride : stride]
                 here += (rows @ w[p, q].T).reshape(here.shape)
         (top, _), (left, _) = sides
-        dx = dpadded[:, top : top + x.shape[1], left : left + x.shape[2]]
-    return dx, dw.reshape(w.shape), rows.sum(axis=0)
+        dx = dpadded[:, top : top + x.shape[1] * upsample, left : left + x.shape[2] * upsample]
+        if upsample > 1:
+            dx = upsample_nearest_backward.reference(dx, upsample)
+        if x2 is not None:
+            dx, dx2 = dx[..., : x.shape[3]], dx[..., x.shape[3] :]
+    return dx, dx2, dw if dw is None else dw.reshape(w.shape), dy.sum(axis=(1, 2))
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: Padding = 0) -> Tensor:
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: Padding = 0,
+    beside: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    upsample: int = 1,
+) -> Tensor:
     """Convolution of images (B, H, W, C_in) with weight (kh, kw, C_in, C_out) -> (B, H_out, W_out, C_out).
 
     padding: zeros around the image, one number or ((top, bottom), (left, right)).
-    H_out = (H + top + bottom - kh) // stride + 1. Raises ValueError on shapes that do not fit.
+    H_out = (H + top + bottom - kh) // stride + 1.
+
+    What stands around a convolution in a U-Net costs no pass over the image of its own here:
+    beside: a second input (B, H, W, C_2); the weight has C_in + C_2 input channels. The same as conv2d(concat(...)).
+    upsample: every pixel is first repeated so many times in height and width.
+    shift: (B, C_out) and residual (B, H_out, W_out, C_out) are added to the result.
+
+    Raises ValueError on shapes that do not fit.
     """
-    x, weight, bias = as_tensor(x), as_tensor(weight), None if bias is None else as_tensor(bias)
-    if stride < 1:
-        raise ValueError(f"conv2d: the stride must be at least 1, got {stride}")
+    x, weight = as_tensor(x), as_tensor(weight)
+    bias, beside, shift, residual = (None if a is None else as_tensor(a) for a in (bias, beside, shift, residual))
+    if stride < 1 or upsample < 1:
+        raise ValueError(f"conv2d: stride and upsample must be at least 1, got {stride} and {upsample}")
     sides: Sides = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
-    if x.ndim != 4 or weight.ndim != 4 or x.shape[3] != weight.shape[2]:
+    channels = x.shape[-1] + (beside.shape[-1] if beside is not None else 0)
+    if x.ndim != 4 or weight.ndim != 4 or channels != weight.shape[2]:
+        told = f"x {x.shape}" + (f" beside {beside.shape}" if beside is not None else "")
         raise ValueError(
-            f"conv2d: x {x.shape} does not fit weight {weight.shape}; wanted (B, H, W, C_in), (kh, kw, C_in, C_out)"
+            f"conv2d: {told} does not fit weight {weight.shape}; wanted (B, H, W, C_in), (kh, kw, C_in, C_out)"
         )
+    if beside is not None and beside.shape[:3] != x.shape[:3]:
+        raise ValueError(f"conv2d: {beside.shape} does not lie beside x {x.shape}")
     if bias is not None and bias.shape != weight.shape[3:]:
         raise ValueError(f"conv2d: bias {bias.shape} does not fit weight {weight.shape}")
-    if any(n + sum(side) < k for n, side, k in zip(x.shape[1:3], sides, weight.shape[:2], strict=True)):
+    large = [n * upsample + sum(side) - k for n, side, k in zip(x.shape[1:3], sides, weight.shape[:2], strict=True)]
+    if min(large) < 0:
         raise ValueError(f"conv2d: image {x.shape} with padding {sides} is smaller than the kernel {weight.shape}")
-    y = conv2d_forward(x.data, weight.data, None if bias is None else bias.data, stride, sides)
-
-    inputs = (x, weight) if bias is None else (x, weight, bias)
-    return record(
-        "conv2d",
-        y,
-        inputs,
-        lambda dy: conv2d_backward(dy, x.data, weight.data, stride, sides, x.requires_grad)[: len(inputs)],
+    shape = (x.shape[0], *(n // stride + 1 for n in large), weight.shape[3])
+    if shift is not None and shift.shape != (shape[0], shape[3]):
+        raise ValueError(f"conv2d: shift {shift.shape} must be (B, C_out) = {(shape[0], shape[3])}")
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"conv2d: residual {residual.shape} must be like the result, {shape}")
+    given: dict[str, Tensor | None] = {
+        "x": x,
+        "x2": beside,
+        "weight": weight,
+        "bias": bias,
+        "shift": shift,
+        "residual": residual,
+    }
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    arrays = {name: None if tensor is None else tensor.data for name, tensor in given.items()}
+    y = conv2d_forward(
+        x.data, weight.data, arrays["bias"], stride, sides, arrays["x2"], arrays["shift"], arrays["residual"], upsample
     )
+
+    def backward(dy: Array) -> list[Array]:
+        needs_dx = x.requires_grad or (beside is not None and beside.requires_grad)
+        dx, dx2, dw, dshift = conv2d_backward(
+            dy, x.data, weight.data, stride, sides, arrays["x2"], upsample, needs_dx, weight.requires_grad
+        )
+        grads = {"x": dx, "x2": dx2, "weight": dw, "shift": dshift, "residual": dy}
+        grads["bias"] = dshift.sum(axis=0) if bias is not None else None
+        return [grads[name] for name in tensors]
+
+    return record("conv2d", y, tuple(tensors.values()), backward)

@@ -1,8 +1,11 @@
 """GroupNorm, alone or followed by SiLU: each image's channels are normalised in groups, over all positions.
 
-    xhat = (x - mean) * rstd   per image and group,   z = gamma * xhat + beta per channel,   y = z or silu(z)
+    xhat = (x - mean) * rstd   per image and group,   z = gain * xhat + offset per channel,   y = z or silu(z)
 
-Wu and He 2018, arXiv 1803.08494.
+gain = gamma and offset = beta; or, where a timestep scales and shifts the normalised features, gain = gamma (1 + scale)
+and offset = beta (1 + scale) + shift, one for each image.
+
+Wu and He 2018, arXiv 1803.08494; the scale and shift: Dhariwal and Nichol 2021, arXiv 2105.05233.
 """
 
 from __future__ import annotations
@@ -24,54 +27,80 @@ def _group_mean(sums: Array, groups: int, positions: int) -> Array:
 
 @kernel
 def group_norm_forward(
-    x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu: bool
+    x: Array, gain: Array, offset: Array, groups: int, eps: float, silu: bool
 ) -> tuple[Array, Array, Array]:
-    """x (B, N, C), gamma and beta (C,) -> y (B, N, C), and for the backward mean and rstd (B, 1, C)."""
+    """x (B, N, C), gain and offset (B or 1, C) -> y (B, N, C), and for the backward mean and rstd (B, C)."""
     x_, N = wide(x), x.shape[1]
     mean = _group_mean(x_.sum(axis=1, keepdims=True), groups, N)
     centred = x_ - mean
     var = _group_mean((centred * centred).sum(axis=1, keepdims=True), groups, N)
     rstd = 1 / array_module(x).sqrt(var + eps)
-    z = centred * (rstd * gamma) + beta
-    y = silu_forward(z) if silu else z
-    return y.astype(x.dtype, copy=False), mean, rstd
+    z = centred * (rstd * gain[:, None]) + offset[:, None]
+    y = silu_forward.reference(z) if silu else z
+    return y.astype(x.dtype, copy=False), mean[:, 0], rstd[:, 0]
 
 
 @kernel
 def group_norm_backward(
-    dy: Array, x: Array, gamma: Array, beta: Array, mean: Array, rstd: Array, groups: int, silu: bool
+    dy: Array, x: Array, gain: Array, offset: Array, mean: Array, rstd: Array, groups: int, silu: bool
 ) -> tuple[Array, Array, Array]:
-    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = gamma * dz, the means over each image's group.
+    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = gain * dz, the means over each image's group.
 
-    dgamma = sum(dz * xhat) and dbeta = sum(dz), over images and positions; dz = dy, or dy through the SiLU.
+    dgain = sum(dz * xhat) and doffset = sum(dz) over positions, (B, C); dz = dy, or dy through the SiLU.
     """
-    N = x.shape[1]
-    xhat = (wide(x) - mean) * rstd
-    dz = silu_backward(wide(dy), xhat * gamma + beta) if silu else wide(dy)
-    sum_dz = dz.sum(axis=1, keepdims=True)
-    sum_dz_xhat = (dz * xhat).sum(axis=1, keepdims=True)
-    dx = dz * gamma - _group_mean(sum_dz * gamma, groups, N) - xhat * _group_mean(sum_dz_xhat * gamma, groups, N)
+    N, rstd = x.shape[1], rstd[:, None]
+    xhat = (wide(x) - mean[:, None]) * rstd
+    gain = gain[:, None]
+    dz = silu_backward.reference(wide(dy), xhat * gain + offset[:, None]) if silu else wide(dy)
+    doffset = dz.sum(axis=1, keepdims=True)
+    dgain = (dz * xhat).sum(axis=1, keepdims=True)
+    dx = dz * gain - _group_mean(doffset * gain, groups, N) - xhat * _group_mean(dgain * gain, groups, N)
     dx *= rstd
-    dgamma = sum_dz_xhat.sum(axis=(0, 1)).astype(gamma.dtype, copy=False)
-    dbeta = sum_dz.sum(axis=(0, 1)).astype(gamma.dtype, copy=False)
-    return dx.astype(x.dtype, copy=False), dgamma, dbeta
+    return dx.astype(x.dtype, copy=False), dgain[:, 0], doffset[:, 0]
 
 
-def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float = 1e-5, silu: bool = False) -> Tensor:
-    """Normalise x (B, ..., C) in groups of channels over all positions; gamma and beta (C,); then SiLU if asked."""
+def group_norm(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    silu: bool = False,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """Normalise x (B, ..., C) in groups of channels over all positions; gamma and beta (C,); then SiLU if asked.
+
+    scale and shift: both (B, C) or both None; between the two, z <- z (1 + scale) + shift.
+    """
     x, gamma, beta = as_tensor(x), as_tensor(gamma), as_tensor(beta)
     C = x.shape[-1]
     if x.ndim < 2 or C % groups:
         raise ValueError(f"group_norm: the {C} channels of x {x.shape} do not split into {groups} groups")
     if gamma.shape != (C,) or beta.shape != (C,):
         raise ValueError(f"group_norm: gamma {gamma.shape} and beta {beta.shape} do not fit x {x.shape}")
+    if (scale is None) != (shift is None):
+        raise ValueError("group_norm: give both scale and shift, or neither")
+    inputs = [x, gamma, beta]
+    gain, offset = wide(gamma.data)[None], wide(beta.data)[None]
+    if scale is not None and shift is not None:
+        scale, shift = as_tensor(scale), as_tensor(shift)
+        if scale.shape != (x.shape[0], C) or shift.shape != (x.shape[0], C):
+            raise ValueError(f"group_norm: scale {scale.shape} and shift {shift.shape} must be {(x.shape[0], C)}")
+        inputs += [scale, shift]
+        one = 1 + wide(scale.data)
+        gain, offset = gain * one, offset * one + wide(shift.data)
     flat = x.data.reshape(x.shape[0], math.prod(x.shape[1:-1]), C)
-    y, mean, rstd = group_norm_forward(flat, gamma.data, beta.data, groups, eps, silu)
+    y, mean, rstd = group_norm_forward(flat, gain, offset, groups, eps, silu)
 
-    def backward(dy: Array) -> tuple[Array, Array, Array]:
-        dx, dgamma, dbeta = group_norm_backward(
-            dy.reshape(flat.shape), flat, gamma.data, beta.data, mean, rstd, groups, silu
-        )
-        return dx.reshape(x.shape), dgamma, dbeta
+    def backward(dy: Array) -> list[Array]:
+        dx, dgain, doffset = group_norm_backward(dy.reshape(flat.shape), flat, gain, offset, mean, rstd, groups, silu)
+        grads = [dx.reshape(x.shape)]
+        if scale is None:
+            grads += [dgain.sum(axis=0), doffset.sum(axis=0)]
+        else:
+            grads += [(dgain * one).sum(axis=0), (doffset * one).sum(axis=0)]
+            grads += [dgain * wide(gamma.data) + doffset * wide(beta.data), doffset]
+        return [g.astype(t.dtype, copy=False) for g, t in zip(grads, inputs, strict=True)]
 
-    return record("group_norm_silu" if silu else "group_norm", y.reshape(x.shape), (x, gamma, beta), backward)
+    return record("group_norm_silu" if silu else "group_norm", y.reshape(x.shape), tuple(inputs), backward)

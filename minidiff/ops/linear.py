@@ -1,4 +1,4 @@
-"""Linear layer: y = x W + b."""
+"""Linear layer: y = x W + b, and the layer's input or another residual added."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from minidiff.tensor import Tensor, as_tensor, record
 
 
 @kernel
-def linear_forward(x: Array, w: Array, b: Array | None) -> Array:
-    """x (..., D_in), w (D_in, D_out), b (D_out,) or None -> y (..., D_out)."""
+def linear_forward(x: Array, w: Array, b: Array | None, residual: Array | None = None) -> Array:
+    """x (..., D_in), w (D_in, D_out), b (D_out,) or None, residual like y or None -> y (..., D_out)."""
     y = x.reshape(-1, x.shape[-1]) @ w  # one large product, not a small one for each leading index
     if b is not None:
         y += b
-    return y.reshape(*x.shape[:-1], w.shape[1])
+    y = y.reshape(*x.shape[:-1], w.shape[1])
+    if residual is not None:
+        y += residual
+    return y
 
 
 @kernel
@@ -24,18 +27,26 @@ def linear_backward(dy: Array, x: Array, w: Array, needs_dx: bool) -> tuple[Arra
     return dx, dw, rows.sum(axis=0)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x W + b over the last axis: x (..., D_in), weight (D_in, D_out), bias (D_out,) or None."""
-    x, weight, bias = as_tensor(x), as_tensor(weight), None if bias is None else as_tensor(bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """y = x W + b + residual over the last axis: x (..., D_in), weight (D_in, D_out), bias (D_out,) or None.
+
+    residual: like y, or None.
+    """
+    x, weight = as_tensor(x), as_tensor(weight)
+    bias, residual = (None if a is None else as_tensor(a) for a in (bias, residual))
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[0]:
         raise ValueError(
             f"linear: x {x.shape} does not fit weight {weight.shape}; wanted (..., D_in) and (D_in, D_out)"
         )
     if bias is not None and bias.shape != weight.shape[1:]:
         raise ValueError(f"linear: bias {bias.shape} does not fit weight {weight.shape}")
-    y = linear_forward(x.data, weight.data, None if bias is None else bias.data)
+    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[1]):
+        raise ValueError(f"linear: residual {residual.shape} must be like the result of {x.shape} and {weight.shape}")
+    b, r = (None if a is None else a.data for a in (bias, residual))
+    y = linear_forward(x.data, weight.data, b, r)
 
-    inputs = (x, weight) if bias is None else (x, weight, bias)
-    return record(
-        "linear", y, inputs, lambda dy: linear_backward(dy, x.data, weight.data, x.requires_grad)[: len(inputs)]
-    )
+    def backward(dy: Array) -> list[Array | None]:
+        dx, dw, db = linear_backward(dy, x.data, weight.data, x.requires_grad)
+        return [dx, dw] + [db] * (bias is not None) + [dy] * (residual is not None)
+
+    return record("linear", y, tuple(t for t in (x, weight, bias, residual) if t is not None), backward)

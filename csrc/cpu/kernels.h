@@ -1,0 +1,120 @@
+// The kernels as one instruction set offers them: plain pointers, sizes already checked. float32, contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace minidiff {
+
+constexpr int MAX_CHANNELS = 16384;  // of one convolution's input: there is a zero pixel of this width
+constexpr int MAX_TAPS = 1024;       // kh * kw
+
+enum Algorithm { CHOOSE = -1, DIRECT = 0, WINOGRAD2 = 2, WINOGRAD4 = 4 };
+
+// y[b, i, j] = sum over taps (p, q) of  X[b, stride i + p - top, stride j + q - left] @ W[p, q]  + bias + shift[b] + residual
+//
+// X is the image as the convolution sees it: stored (B, h, w, C1), and C2 more channels from x2 if there are two inputs,
+// every pixel `up` times in both directions, `spread - 1` zeros between pixels (the input gradient of a strided
+// convolution), and zeros all around.
+struct Conv {
+  const float *x = nullptr, *x2 = nullptr;
+  int B = 0, h = 0, w = 0, C1 = 0, C2 = 0, up = 1, spread = 1;
+  const float* weights = nullptr;  // (kh, kw, C1 + C2, N)
+  int kh = 1, kw = 1;
+  bool flipped = false;         // the stored kernel is (kh, kw, all_N, C1 + C2), read back to front (input gradient)
+  int all_N = 0, first_N = 0;   // its channels, and the first of the N that are wanted
+  int stride = 1, top = 0, left = 0;
+  int H = 0, W = 0, N = 0;  // of y
+  float* y = nullptr;
+  const float *bias = nullptr, *shift = nullptr, *residual = nullptr;  // (N,), (B, N), like y
+  const float* prepared = nullptr;                                     // weights transformed in advance
+  int algorithm = CHOOSE;
+};
+
+// x, y, dx, dy (B, N, C); gain and offset (B, C), or (1, C) with gain_step = 0; mean, rstd, dgain, doffset (B, C)
+struct GroupNorm {
+  int B = 0, C = 0, groups = 1;
+  long N = 0;
+  const float *x = nullptr, *gain = nullptr, *offset = nullptr, *dy = nullptr;
+  float *mean = nullptr, *rstd = nullptr, *y = nullptr, *dx = nullptr, *dgain = nullptr, *doffset = nullptr;
+  long gain_step = 0;
+  double eps = 0;
+  bool silu = false;
+};
+
+// q (B, Lq, heads * d), k (B, Lk, heads * d), v and y (.., heads * dv); lse (B, heads, Lq), the logarithm of the sum of
+// exponentials of a row of scores; bias over (B, heads, Lq, Lk) with its strides in floats, 0 where it is broadcast
+struct Attention {
+  int B = 0, heads = 1, Lq = 0, Lk = 0, d = 0, dv = 0;
+  const float *q = nullptr, *k = nullptr, *v = nullptr, *bias = nullptr, *dy = nullptr;
+  long bias_strides[4] = {0, 0, 0, 0};
+  float scale = 1;
+  bool causal = false;
+  float *y = nullptr, *lse = nullptr, *dq = nullptr, *dk = nullptr, *dv_out = nullptr;
+};
+
+enum Pointwise { SILU, GELU_EXACT, GELU_TANH, GELU_QUICK };
+
+// One parameter of an optimizer's step; all arrays have n elements.
+struct Update {
+  long n;
+  float *p, *m, *v, *ema;
+  const float* g;
+  float decay, length = 1;
+};
+
+// g and x (rows, n), rows >= n: x has g's singular vectors, and singular values near 1.
+struct Orthogonal {
+  long rows;
+  int n;
+  const float* g;
+  float* x;
+};
+
+struct Kernels {
+  const char* name;
+  void (*conv2d)(const Conv&);
+  void (*conv2d_weight_gradient)(const Conv&, const float* dy, float* dw);
+  long (*prepared_size)(const Conv&);  // floats, 0: nothing to prepare
+  void (*prepare)(const Conv&, float*);
+
+  // y (B, h, w, C): the sum over each square of factor x factor pixels of x (B, factor h, factor w, C)
+  void (*sum_squares_of_pixels)(float* y, const float* x, int B, int h, int w, int C, int factor);
+
+  // y (M, N) = x (M, K) @ w (K, N) + bias (N,) + residual (M, N)
+  void (*linear)(float* y, const float* x, const float* w, const float* bias, const float* residual, long M, int K, int N,
+                 bool transposed);  // transposed: w is stored (N, K)
+  void (*linear_weight_gradient)(float* dw, const float* x, const float* dy, long M, int K, int N);
+  void (*column_sums)(float* out, const float* x, int groups, long rows, int N);  // (groups, rows, N) -> (groups, N)
+
+  void (*group_norm_forward)(const GroupNorm&);
+  void (*group_norm_backward)(const GroupNorm&);
+  // x, y (rows, D); mean, rstd (rows,)
+  void (*layer_norm_forward)(float* y, float* mean, float* rstd, const float* x, const float* gamma, const float* beta,
+                             long rows, int D, double eps);
+  void (*layer_norm_backward)(float* dx, float* dgamma, float* dbeta, const float* dy, const float* x, const float* gamma,
+                              const float* mean, const float* rstd, long rows, int D);
+  void (*attention_forward)(const Attention&);
+  void (*attention_backward)(const Attention&);
+
+  void (*pointwise_forward)(float* y, const float* x, long n, int kind);
+  void (*pointwise_backward)(float* dx, const float* dy, const float* x, long n, int kind);
+  void (*geglu_forward)(float* y, const float* x, long rows, int D);  // x (rows, 2 D)
+  void (*geglu_backward)(float* dx, const float* dy, const float* x, long rows, int D);
+  void (*add)(float* y, const float* a, const float* b, long n);
+  double (*squared_distance)(const float* a, const float* b, long n);              // sum of (a - b)^2
+  void (*scaled_difference)(float* y, const float* a, const float* b, float factor, long n);  // factor (a - b)
+  double (*sum_of_squares)(const float* x, long n);
+
+  void (*adamw)(const Update*, int count, float g_factor, float lr, float beta1, float beta2, float eps, float m_factor,
+                float v_factor, float ema_share);
+
+  void (*momentum)(const Update*, int count, float g_factor, float mu);
+  void (*descend)(const Update*, int count, float lr, float ema_share);
+  void (*orthogonalise)(const Orthogonal*, int count);
+
+  double (*peak)(long repeats);  // multiply-adds of the micro-kernel on data in the first-level cache: operations done
+};
+
+extern const Kernels *const kernels_portable, *const kernels_avx2, *const kernels_avx512;
+
+}  // namespace minidiff

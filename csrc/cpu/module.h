@@ -1,0 +1,22 @@
+// What the CPU module has beside the ops: the choice of instruction set, and the memory of NumPy's arrays.
+#pragma once
+
+#include <cstddef>
+
+#include "kernels.h"
+
+namespace minidiff {
+
+void use_kernels(const Kernels* k);
+const Kernels* kernels_in_use();
+
+struct Memory {
+  size_t in_use = 0, peak = 0, cached = 0;  // bytes
+  size_t system_calls = 0;                  // allocations that the cache could not serve
+};
+Memory memory();
+void reset_peak();
+void release_memory();
+bool install_allocator();  // false with a Python error set
+
+}  // namespace minidiff

@@ -1,0 +1,110 @@
+// Muon's orthogonalisation of many small matrices: a task is a matrix, and everything between reading g and writing x
+// stays in its thread's second-level cache.
+//
+//   A = g^T g / |g|^2,   five times:  P = a + b A + c A^2,  S = P S,  A = P A P,   then  x = g S / |g|
+//
+// The equations stand in minidiff/optim.py, `orthogonalised`. All matrices but g are n x n, symmetric, n <= rows of g.
+#include "gemm.h"
+#include "kernels.h"
+#include "pool.h"
+
+namespace minidiff::MINIDIFF_ISA {
+namespace {
+
+// y (n x n, rows `ld` apart) = a b, both symmetric and stored like y; packed: scratch for both.
+void square_product(float* y, const float* a, const float* b, int n, int ld, float* packed) {
+  int kb = (n + BLOCK - 1) / BLOCK;
+  long channel = (long)n * BLOCK + BLOCK;
+  float* panel = packed + kb * channel;
+  long offsets[MAX_CHANNELS / BLOCK];
+  for (int k = 0; k < kb; k++) {
+    offsets[k] = k * channel;
+    for (int r = 0; r < n; r++)  // rows of y beyond n are zero, so whole blocks may be read
+      for (int v = 0; v < BLOCK; v += VL) store(packed + k * channel + r * BLOCK + v, load(a + (long)r * ld + k * BLOCK + v));
+  }
+  Weights w{b, n, n, ld, false};
+  for (int n0 = 0; n0 < n; n0 += PANEL) {
+    int width = panel_width(n, n0);
+    for (int k = 0; k < kb; k++) pack_block(w, k * BLOCK, n0, width, panel + (long)k * BLOCK * width);
+    multiply(packed, n, offsets, kb, panel, width, Tile{y + n0, 0, ld, least(ld, n) - n0, false, nullptr, nullptr});
+  }
+}
+
+void one(const Orthogonal& o, float* work) {
+  constexpr float a = 3.4445f, b = -4.7750f, c = 2.0315f;
+  int n = o.n, ld = (int)round_up(n, BLOCK), kb = ld / BLOCK;
+  long square = (long)ld * ld;
+  float *A = work, *P = A + square, *S = P + square, *T = S + square, *packed = T + square;
+  memset(work, 0, sizeof(float) * 4 * square);
+  // A = g^T g, over bands of rows
+  constexpr int BAND = 256;
+  long channel = BAND * BLOCK + BLOCK, panel = (long)BAND * PANEL + BLOCK;
+  float* wide = packed + kb * channel;
+  for (long r0 = 0; r0 < o.rows; r0 += BAND) {
+    int rows = least(BAND, o.rows - r0);
+    for (int r = 0; r < rows; r++) {
+      const float* p = o.g + (r0 + r) * n;
+      for (int k = 0; k < ld; k += VL) store(packed + k / BLOCK * channel + r * BLOCK + k % BLOCK, load_first(p + k, n - k));
+      for (int k = 0; k < n; k += VL) store(wide + k / PANEL * panel + r * PANEL + k % PANEL, load_first(p + k, n - k));
+    }
+    for (int n0 = 0; n0 < n; n0 += PANEL)
+      for (int k = 0; k < kb; k++)
+        outer_block(packed + k * channel, 0, wide + n0 / PANEL * panel, 0, 1, rows, A + (long)k * BLOCK * ld + n0, ld,
+                    n - k * BLOCK, panel_width(n, n0), n - n0, r0 > 0);
+  }
+  float trace = 0;
+  for (int i = 0; i < n; i++) trace += A[(long)i * ld + i];
+  float norm = __builtin_sqrtf(trace) + 1e-7f, scale = 1 / (norm * norm);
+  for (long i = 0; i < square; i += VL) store(A + i, load(A + i) * scale);
+  for (int step = 0; step < 5; step++) {
+    square_product(P, A, A, n, ld, packed);
+    for (long i = 0; i < square; i += VL) store(P + i, b * load(A + i) + c * load(P + i));
+    for (int i = 0; i < n; i++) P[(long)i * ld + i] += a;
+    if (step == 0) {
+      memcpy(S, P, sizeof(float) * square);
+    } else {
+      square_product(T, P, S, n, ld, packed);
+      float* old = S;
+      S = T, T = old;
+    }
+    if (step == 4) break;
+    square_product(T, P, A, n, ld, packed);
+    square_product(A, T, P, n, ld, packed);
+  }
+  for (long i = 0; i < square; i += VL) store(S + i, load(S + i) * (1 / norm));
+  // x = g S, over bands of rows
+  float* panels_of_S = wide;
+  Weights w{S, n, n, ld, false};
+  long s_panel = (long)ld * PANEL, offsets[MAX_CHANNELS / BLOCK];
+  for (int k = 0; k < kb; k++) offsets[k] = k * channel;
+  for (int n0 = 0; n0 < n; n0 += PANEL)
+    for (int k = 0; k < kb; k++)
+      pack_block(w, k * BLOCK, n0, panel_width(n, n0),
+                 panels_of_S + n0 / PANEL * s_panel + (long)k * BLOCK * panel_width(n, n0));
+  for (long r0 = 0; r0 < o.rows; r0 += BAND) {
+    int rows = least(BAND, o.rows - r0);
+    for (int r = 0; r < rows; r++)
+      for (int k = 0; k < ld; k += VL)
+        store(packed + k / BLOCK * channel + r * BLOCK + k % BLOCK, load_first(o.g + (r0 + r) * n + k, n - k));
+    for (int n0 = 0; n0 < n; n0 += PANEL)
+      multiply(packed, rows, offsets, kb, panels_of_S + n0 / PANEL * s_panel, panel_width(n, n0),
+               Tile{o.x + r0 * n + n0, 0, n, n - n0, false, nullptr, nullptr});
+  }
+}
+
+}  // namespace
+
+void orthogonalise(const Orthogonal* list, int count) {
+  long size = 0;
+  for (int i = 0; i < count; i++) {
+    long ld = round_up(list[i].n, BLOCK), np = panels(list[i].n);
+    long bands = ld / BLOCK * (256 * BLOCK + BLOCK) + np * (256L * PANEL + BLOCK), squares = ld / BLOCK * (ld * BLOCK + BLOCK);
+    long need = 4 * ld * ld + (bands > squares + np * ld * PANEL ? bands : squares + np * ld * PANEL) +
+                ld / BLOCK * (256 * BLOCK + BLOCK) + np * ld * PANEL;
+    size = need > size ? need : size;
+  }
+  float* lanes = scratch(num_threads() * round_up(size, BLOCK));
+  parallel(count, [&](int i, int lane) { one(list[i], lanes + lane * round_up(size, BLOCK)); });
+}
+
+}  // namespace minidiff::MINIDIFF_ISA

@@ -1,0 +1,360 @@
+// The contract of ops.h on the CPU: arguments are checked here, then handed to the kernels of the instruction set in use.
+#include "../ops.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+#include "module.h"
+#include "pool.h"
+
+namespace minidiff {
+namespace {
+
+const Kernels* in_use = nullptr;
+
+int64_t rows_of(const View& v) { return v && !v.shape.empty() ? v.shape[0] : 0; }
+int64_t at(const View& v, int i) { return v && i < (int)v.shape.size() ? v.shape[i] : 0; }
+
+struct Side {
+  int top, bottom, left, right;
+};
+Side four(const Check& check, const Sides& s) {
+  check.that(s.size() == 2 && s[0].size() == 2 && s[1].size() == 2, "sides", "must be ((top, bottom), (left, right))");
+  for (auto& pair : s)
+    for (int n : pair) check.that(n >= 0, "sides", "must not be negative");
+  return {s[0][0], s[0][1], s[1][0], s[1][1]};
+}
+
+// The forward convolution, without its arrays.
+Conv geometry(const Check& check, int B, int h, int w, int C1, int C2, const View& weights, int stride, const Sides& sides,
+              int upsample) {
+  check.that(stride >= 1, "stride", "must be at least 1");
+  check.that(upsample >= 1, "upsample", "must be at least 1");
+  Side s = four(check, sides);
+  check.array(weights, "w", {ANY, ANY, C1 + C2, ANY});
+  Conv c;
+  c.B = B, c.h = h, c.w = w, c.C1 = C1, c.C2 = C2, c.up = upsample;
+  c.weights = (const float*)weights.data;
+  c.kh = (int)weights.shape[0], c.kw = (int)weights.shape[1], c.N = c.all_N = (int)weights.shape[3];
+  check.that(c.kh >= 1 && c.kw >= 1 && c.kh * c.kw <= MAX_TAPS, "w", "must have 1 to " + std::to_string(MAX_TAPS) + " taps");
+  check.that(C1 + C2 <= MAX_CHANNELS && c.N <= MAX_CHANNELS, "w", "has too many channels");
+  c.stride = stride, c.top = s.top, c.left = s.left;
+  int H = h * upsample + s.top + s.bottom - c.kh, W = w * upsample + s.left + s.right - c.kw;
+  check.that(H >= 0 && W >= 0, "x", "is smaller than the kernel");
+  c.H = H / stride + 1, c.W = W / stride + 1;
+  return c;
+}
+
+bool is_linear(const Conv& c) {
+  return c.kh == 1 && c.kw == 1 && c.stride == 1 && c.up == 1 && !c.x2 && c.C2 == 0 && !c.shift && c.H == c.h && c.W == c.w;
+}
+
+}  // namespace
+
+void use_kernels(const Kernels* k) { in_use = k; }
+const Kernels* kernels_in_use() { return in_use; }
+
+void conv2d_forward(View y, View x, View x2, View w, View b, View shift, View residual, int stride, Sides sides,
+                    int upsample, View prepared, int algorithm) {
+  Check check{"conv2d_forward"};
+  check.array(x, "x", {ANY, ANY, ANY, ANY});
+  int64_t B = x.shape[0], h = x.shape[1], wd = x.shape[2];
+  if (x2) check.array(x2, "x2", {B, h, wd, ANY});
+  Conv c = geometry(check, B, h, wd, x.shape[3], at(x2, 3), w, stride, sides, upsample);
+  c.x = (const float*)x.data, c.x2 = x2 ? (const float*)x2.data : nullptr;
+  c.y = check.out(y, "y", {B, c.H, c.W, c.N});
+  c.bias = check.maybe(b, "b", {c.N});
+  c.shift = check.maybe(shift, "shift", {B, c.N});
+  c.residual = check.maybe(residual, "residual", {B, c.H, c.W, c.N});
+  c.algorithm = algorithm;
+  if (prepared) c.prepared = check.in(prepared, "prepared", {in_use->prepared_size(c)});
+  if (is_linear(c))
+    in_use->linear(c.y, c.x, c.weights, c.bias, c.residual, (long)c.B * c.H * c.W, c.C1, c.N, false);
+  else
+    in_use->conv2d(c);
+}
+
+void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, View x2, View w, int stride, Sides sides,
+                     int upsample, int algorithm) {
+  Check check{"conv2d_backward"};
+  check.array(x, "x", {ANY, ANY, ANY, ANY});
+  int64_t B = x.shape[0], h = x.shape[1], wd = x.shape[2];
+  if (x2) check.array(x2, "x2", {B, h, wd, ANY});
+  Conv c = geometry(check, B, h, wd, x.shape[3], at(x2, 3), w, stride, sides, upsample);
+  c.x = (const float*)x.data, c.x2 = x2 ? (const float*)x2.data : nullptr;
+  c.algorithm = algorithm;
+  const float* g = check.in(dy, "dy", {B, c.H, c.W, c.N});
+  long positions = (long)c.H * c.W;
+  if (dshift) in_use->column_sums(check.out(dshift, "dshift", {B, c.N}), g, (int)B, positions, c.N);
+  if (dw) {
+    float* out = check.out(dw, "dw", w.shape);
+    if (is_linear(c))
+      in_use->linear_weight_gradient(out, c.x, g, B * positions, c.C1, c.N);
+    else
+      in_use->conv2d_weight_gradient(c, g, out);
+  }
+  // dx is the convolution of dy, its pixels `stride` apart, with the kernel turned round; then each square of an
+  // upsampled image is summed.
+  int first = 0;
+  for (const View* target : {&dx, &dx2}) {
+    int channels = target == &dx ? c.C1 : c.C2;
+    if (*target) {
+      float* out = check.out(*target, target == &dx ? "dx" : "dx2", {B, h, wd, channels});
+      if (is_linear(c)) {
+        in_use->linear(out, g, c.weights, nullptr, nullptr, B * positions, c.N, c.C1, true);
+        continue;
+      }
+      Conv d;
+      d.x = g, d.B = c.B, d.h = c.H, d.w = c.W, d.C1 = c.N, d.spread = c.stride;
+      d.weights = c.weights, d.kh = c.kh, d.kw = c.kw, d.flipped = true, d.all_N = c.C1 + c.C2, d.first_N = first;
+      d.top = c.kh - 1 - c.top, d.left = c.kw - 1 - c.left;
+      d.H = c.h * c.up, d.W = c.w * c.up, d.N = channels, d.algorithm = algorithm;
+      std::vector<float> large(c.up > 1 ? (size_t)d.B * d.H * d.W * d.N : 0);
+      d.y = c.up > 1 ? large.data() : out;
+      in_use->conv2d(d);
+      if (c.up > 1) in_use->sum_squares_of_pixels(out, large.data(), d.B, c.h, c.w, channels, c.up);
+    }
+    first += channels;
+  }
+}
+
+int64_t conv2d_prepared_size(View w, int B, int height, int width, int stride, Sides sides, int upsample) {
+  Check check{"conv2d_prepared_size"};
+  check.array(w, "w", {ANY, ANY, ANY, ANY});
+  return in_use->prepared_size(geometry(check, B, height, width, w.shape[2], 0, w, stride, sides, upsample));
+}
+void conv2d_prepare(View prepared, View w, int B, int height, int width, int stride, Sides sides, int upsample) {
+  Check check{"conv2d_prepare"};
+  check.array(w, "w", {ANY, ANY, ANY, ANY});
+  Conv c = geometry(check, B, height, width, w.shape[2], 0, w, stride, sides, upsample);
+  in_use->prepare(c, check.out(prepared, "prepared", {in_use->prepared_size(c)}));
+}
+
+void linear_forward(View y, View x, View w, View b, View residual) {
+  Check check{"linear_forward"};
+  check.array(x, "x", {ANY, ANY});
+  int64_t M = x.shape[0], K = x.shape[1];
+  check.array(w, "w", {K, ANY});
+  int64_t N = w.shape[1];
+  in_use->linear(check.out(y, "y", {M, N}), (const float*)x.data, (const float*)w.data, check.maybe(b, "b", {N}),
+                 check.maybe(residual, "residual", {M, N}), M, K, N, false);
+}
+void linear_backward(View dx, View dw, View db, View dy, View x, View w) {
+  Check check{"linear_backward"};
+  check.array(w, "w", {ANY, ANY});
+  int64_t K = w.shape[0], N = w.shape[1], M = rows_of(x);
+  const float *in = check.in(x, "x", {M, K}), *g = check.in(dy, "dy", {M, N});
+  if (dx) in_use->linear(check.out(dx, "dx", {M, K}), g, (const float*)w.data, nullptr, nullptr, M, N, K, true);
+  in_use->linear_weight_gradient(check.out(dw, "dw", {K, N}), in, g, M, K, N);
+  if (db) in_use->column_sums(check.out(db, "db", {N}), g, 1, M, N);
+}
+
+static GroupNorm group_norm(const Check& check, const View& x, const View& gain, const View& offset, int groups) {
+  check.array(x, "x", {ANY, ANY, ANY});
+  GroupNorm g;
+  g.B = x.shape[0], g.N = x.shape[1], g.C = x.shape[2], g.groups = groups;
+  check.that(groups >= 1 && g.C % groups == 0, "groups", "must divide the channels");
+  g.x = (const float*)x.data;
+  int64_t many = rows_of(gain) == 1 ? 1 : g.B;
+  g.gain = check.in(gain, "gain", {many, g.C});
+  g.offset = check.in(offset, "offset", {many, g.C});
+  g.gain_step = many == 1 ? 0 : g.C;
+  return g;
+}
+void group_norm_forward(View y, View mean, View rstd, View x, View gain, View offset, int groups, double eps, bool silu) {
+  Check check{"group_norm_forward"};
+  GroupNorm g = group_norm(check, x, gain, offset, groups);
+  g.y = check.out(y, "y", x.shape);
+  g.mean = check.out(mean, "mean", {g.B, g.C});
+  g.rstd = check.out(rstd, "rstd", {g.B, g.C});
+  g.eps = eps, g.silu = silu;
+  in_use->group_norm_forward(g);
+}
+void group_norm_backward(View dx, View dgain, View doffset, View dy, View x, View gain, View offset, View mean, View rstd,
+                         int groups, bool silu) {
+  Check check{"group_norm_backward"};
+  GroupNorm g = group_norm(check, x, gain, offset, groups);
+  g.dy = check.in(dy, "dy", x.shape);
+  g.dx = check.out(dx, "dx", x.shape);
+  g.mean = (float*)check.in(mean, "mean", {g.B, g.C});
+  g.rstd = (float*)check.in(rstd, "rstd", {g.B, g.C});
+  g.dgain = check.out(dgain, "dgain", {g.B, g.C});
+  g.doffset = check.out(doffset, "doffset", {g.B, g.C});
+  g.silu = silu;
+  in_use->group_norm_backward(g);
+}
+
+void layer_norm_forward(View y, View mean, View rstd, View x, View gamma, View beta, double eps) {
+  Check check{"layer_norm_forward"};
+  check.array(x, "x", {ANY, ANY});
+  int64_t rows = x.shape[0], D = x.shape[1];
+  check.that(D > 0, "x", "must have channels");
+  in_use->layer_norm_forward(check.out(y, "y", {rows, D}), check.out(mean, "mean", {rows}), check.out(rstd, "rstd", {rows}),
+                             (const float*)x.data, check.in(gamma, "gamma", {D}), check.in(beta, "beta", {D}), rows, D, eps);
+}
+void layer_norm_backward(View dx, View dgamma, View dbeta, View dy, View x, View gamma, View mean, View rstd) {
+  Check check{"layer_norm_backward"};
+  check.array(x, "x", {ANY, ANY});
+  int64_t rows = x.shape[0], D = x.shape[1];
+  check.that(D > 0, "x", "must have channels");
+  in_use->layer_norm_backward(check.out(dx, "dx", {rows, D}), check.out(dgamma, "dgamma", {D}), check.out(dbeta, "dbeta", {D}),
+                              check.in(dy, "dy", {rows, D}), (const float*)x.data, check.in(gamma, "gamma", {D}),
+                              check.in(mean, "mean", {rows}), check.in(rstd, "rstd", {rows}), rows, D);
+}
+
+static Attention attention(const Check& check, const View& q, const View& k, const View& v, const View& bias, int heads,
+                           double scale, bool causal) {
+  check.array(q, "q", {ANY, ANY, ANY});
+  int64_t B = q.shape[0], D = q.shape[2];
+  check.array(k, "k", {B, ANY, D});
+  int64_t Lk = k.shape[1];
+  check.array(v, "v", {B, Lk, ANY});
+  int64_t Dv = v.shape[2];
+  check.that(heads >= 1 && D % heads == 0 && Dv % heads == 0, "heads", "must divide the widths");
+  check.that(Lk > 0, "k", "must have at least one token");
+  Attention a;
+  a.B = B, a.heads = heads, a.Lq = q.shape[1], a.Lk = Lk, a.d = D / heads, a.dv = Dv / heads;
+  check.that(a.d <= MAX_CHANNELS && a.dv <= MAX_CHANNELS, "q", "has too wide heads");
+  a.q = (const float*)q.data, a.k = (const float*)k.data, a.v = (const float*)v.data;
+  a.scale = (float)scale, a.causal = causal;
+  if (bias) {
+    check.array(bias, "bias", {B, heads, a.Lq, Lk}, false);
+    a.bias = (const float*)bias.data;
+    for (int i = 0; i < 4; i++) a.bias_strides[i] = bias.strides[i] / 4;
+  }
+  return a;
+}
+void attention_forward(View y, View lse, View q, View k, View v, View bias, int heads, double scale, bool causal) {
+  Check check{"attention_forward"};
+  Attention a = attention(check, q, k, v, bias, heads, scale, causal);
+  a.y = check.out(y, "y", {a.B, a.Lq, a.dv * heads});
+  a.lse = check.out(lse, "lse", {a.B, heads, a.Lq});
+  in_use->attention_forward(a);
+}
+void attention_backward(View dq, View dk, View dv, View dy, View y, View lse, View q, View k, View v, View bias, int heads,
+                        double scale, bool causal) {
+  Check check{"attention_backward"};
+  Attention a = attention(check, q, k, v, bias, heads, scale, causal);
+  a.y = (float*)check.in(y, "y", {a.B, a.Lq, a.dv * heads});
+  a.dy = check.in(dy, "dy", {a.B, a.Lq, a.dv * heads});
+  a.lse = (float*)check.in(lse, "lse", {a.B, heads, a.Lq});
+  a.dq = check.out(dq, "dq", q.shape);
+  a.dk = check.out(dk, "dk", k.shape);
+  a.dv_out = check.out(dv, "dv", v.shape);
+  in_use->attention_backward(a);
+}
+
+static int kind_of(const Check& check, const std::string& kind) {
+  const char* names[] = {"silu", "gelu_exact", "gelu_tanh", "gelu_quick"};
+  for (int i = 0; i < 4; i++)
+    if (kind == names[i]) return i;
+  check.fail("kind", "must be silu, gelu_exact, gelu_tanh or gelu_quick, got " + kind);
+}
+void pointwise_forward(View y, View x, const std::string& kind) {
+  Check check{"pointwise_forward"};
+  int64_t n = rows_of(x);
+  in_use->pointwise_forward(check.out(y, "y", {n}), check.in(x, "x", {n}), n, kind_of(check, kind));
+}
+void pointwise_backward(View dx, View dy, View x, const std::string& kind) {
+  Check check{"pointwise_backward"};
+  int64_t n = rows_of(x);
+  in_use->pointwise_backward(check.out(dx, "dx", {n}), check.in(dy, "dy", {n}), check.in(x, "x", {n}), n,
+                             kind_of(check, kind));
+}
+void geglu_forward(View y, View x) {
+  Check check{"geglu_forward"};
+  check.array(x, "x", {ANY, ANY});
+  check.that(x.shape[1] % 2 == 0, "x", "must have two halves");
+  int64_t rows = x.shape[0], D = x.shape[1] / 2;
+  in_use->geglu_forward(check.out(y, "y", {rows, D}), (const float*)x.data, rows, D);
+}
+void geglu_backward(View dx, View dy, View x) {
+  Check check{"geglu_backward"};
+  check.array(x, "x", {ANY, ANY});
+  check.that(x.shape[1] % 2 == 0, "x", "must have two halves");
+  int64_t rows = x.shape[0], D = x.shape[1] / 2;
+  in_use->geglu_backward(check.out(dx, "dx", x.shape), check.in(dy, "dy", {rows, D}), (const float*)x.data, rows, D);
+}
+void add(View y, View a, View b) {
+  Check check{"add"};
+  int64_t n = rows_of(a);
+  in_use->add(check.out(y, "y", {n}), check.in(a, "a", {n}), check.in(b, "b", {n}), n);
+}
+double squared_distance(View a, View b) {
+  Check check{"squared_distance"};
+  int64_t n = rows_of(a);
+  return in_use->squared_distance(check.in(a, "a", {n}), check.in(b, "b", {n}), n);
+}
+void scaled_difference(View y, View a, View b, double factor) {
+  Check check{"scaled_difference"};
+  int64_t n = rows_of(a);
+  in_use->scaled_difference(check.out(y, "y", {n}), check.in(a, "a", {n}), check.in(b, "b", {n}), (float)factor, n);
+}
+double sum_of_squares(View x) {
+  Check check{"sum_of_squares"};
+  int64_t n = rows_of(x);
+  return in_use->sum_of_squares(check.in(x, "x", {n}), n);
+}
+
+void adamw_update(std::vector<View> p, std::vector<View> g, std::vector<View> m, std::vector<View> v,
+                  std::vector<View> ema, std::vector<double> decay, double g_factor, double lr, double beta1, double beta2,
+                  double eps, int step, double ema_decay) {
+  Check check{"adamw_update"};
+  size_t count = p.size();
+  check.that(g.size() == count && m.size() == count && v.size() == count && ema.size() == count && decay.size() == count,
+             "p", "and the other lists must be of one length");
+  std::vector<Update> updates(count);
+  for (size_t i = 0; i < count; i++) {
+    int64_t n = rows_of(p[i]);
+    updates[i] = {n,
+                  check.out(p[i], "p", {n}),
+                  check.out(m[i], "m", {n}),
+                  check.out(v[i], "v", {n}),
+                  check.out(ema[i], "ema", {n}),
+                  check.in(g[i], "g", {n}),
+                  (float)decay[i]};
+  }
+  in_use->adamw(updates.data(), (int)count, (float)g_factor, (float)lr, (float)beta1, (float)beta2, (float)eps,
+                (float)(1 / (1 - std::pow(beta1, step))), (float)(1 / (1 - std::pow(beta2, step))), (float)(1 - ema_decay));
+}
+
+void muon_momentum(std::vector<View> u, std::vector<View> g, std::vector<View> m, double g_factor, double mu) {
+  Check check{"muon_momentum"};
+  check.that(g.size() == u.size() && m.size() == u.size(), "u", "and the other lists must be of one length");
+  std::vector<Update> updates(u.size());
+  for (size_t i = 0; i < u.size(); i++) {
+    int64_t n = rows_of(u[i]);
+    updates[i] = {n, check.out(u[i], "u", {n}), check.out(m[i], "m", {n}), nullptr, nullptr, check.in(g[i], "g", {n}), 0};
+  }
+  in_use->momentum(updates.data(), (int)updates.size(), (float)g_factor, (float)mu);
+}
+void descend(std::vector<View> p, std::vector<View> u, std::vector<View> ema, double lr, std::vector<double> length,
+             std::vector<double> decay, double ema_decay) {
+  Check check{"descend"};
+  size_t count = p.size();
+  check.that(u.size() == count && ema.size() == count && length.size() == count && decay.size() == count, "p",
+             "and the other lists must be of one length");
+  std::vector<Update> updates(count);
+  for (size_t i = 0; i < count; i++) {
+    int64_t n = rows_of(p[i]);
+    updates[i] = {n, check.out(p[i], "p", {n}), nullptr, nullptr, check.out(ema[i], "ema", {n}), check.in(u[i], "u", {n}),
+                  (float)decay[i], (float)length[i]};
+  }
+  in_use->descend(updates.data(), (int)count, (float)lr, (float)(1 - ema_decay));
+}
+
+void orthogonalise(std::vector<View> x, std::vector<View> g) {
+  Check check{"orthogonalise"};
+  check.that(x.size() == g.size(), "x", "and g must be lists of one length");
+  std::vector<Orthogonal> list(x.size());
+  for (size_t i = 0; i < x.size(); i++) {
+    check.array(g[i], "g", {ANY, ANY});
+    int64_t rows = g[i].shape[0], n = g[i].shape[1];
+    check.that(rows >= n && n >= 1 && n <= MAX_CHANNELS, "g", "must have at least as many rows as columns");
+    list[i] = {rows, (int)n, (const float*)g[i].data, check.out(x[i], "x", {rows, n})};
+  }
+  in_use->orthogonalise(list.data(), (int)list.size());
+}
+
+}  // namespace minidiff

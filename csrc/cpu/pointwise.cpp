@@ -1,0 +1,205 @@
+// What is computed number by number: SiLU, the GELUs, GEGLU, sums and squared distances; and the optimizer's step.
+//
+// All of it is bound by memory: one read of each input, one write of each output, in pieces that the threads share.
+#include "kernels.h"
+#include "pool.h"
+#include "simd.h"
+
+namespace minidiff::MINIDIFF_ISA {
+namespace {
+
+constexpr long PIECE = 1 << 13;  // numbers a task works on; fixed, so that sums do not depend on the threads
+
+template <class F>
+void pieces(long n, const F& f) {
+  parallel((int)((n + PIECE - 1) / PIECE), [&](int task, int) {
+    long end = (task + 1) * PIECE < n ? (task + 1) * PIECE : n;
+    for (long i = task * PIECE; i < end; i += VL) f(i, least(VL, end - i));
+  });
+}
+
+// The normal distribution function, by erfc(z) = t exp(-z^2 + polynomial of t), t = 1 / (1 + z / 2), z >= 0, a Chebyshev
+// fit with a relative error below 1.2e-7: Press et al., Numerical Recipes, section 6.2.
+INLINE vf normal_cdf(vf x) {
+  vf z = (x < 0 ? -x : x) * 0.70710678f;
+  vf t = 1.0f / (1.0f + 0.5f * z);
+  vf p = all(0.17087277f);
+  p = p * t - 0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t - 1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t - 0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  p = p * t - 1.26551223f;
+  vf half_erfc = 0.5f * t * vexp(p - z * z);
+  return x < 0 ? half_erfc : 1.0f - half_erfc;
+}
+
+// Phi(x), by which a GELU multiplies x, and its derivative.
+template <int KIND>
+INLINE void gate(vf x, vf& phi, vf& slope) {
+  if constexpr (KIND == GELU_EXACT) {
+    phi = normal_cdf(x);
+    slope = 0.39894228f * vexp(-0.5f * x * x);
+  } else if constexpr (KIND == GELU_TANH) {  // (1 + tanh u) / 2 = sigmoid(2 u)
+    phi = vsigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+    slope = phi * (1.0f - phi) * 1.59576912f * (1.0f + 0.134145f * x * x);
+  } else {
+    constexpr float k = KIND == GELU_QUICK ? 1.702f : 1.0f;
+    phi = vsigmoid(k * x);
+    slope = k * phi * (1.0f - phi);
+  }
+}
+
+template <int KIND>
+void forward_of(float* y, const float* x, long n) {
+  pieces(n, [&](long i, int m) {
+    vf v = load_first(x + i, m), phi, slope;
+    gate<KIND>(v, phi, slope);
+    store_first(y + i, v * phi, m);
+  });
+}
+template <int KIND>
+void backward_of(float* dx, const float* dy, const float* x, long n) {
+  pieces(n, [&](long i, int m) {
+    vf v = load_first(x + i, m), phi, slope;
+    gate<KIND>(v, phi, slope);
+    store_first(dx + i, load_first(dy + i, m) * (phi + v * slope), m);
+  });
+}
+
+template <class F>
+double sum_pieces(long n, const F& f) {
+  int tasks = (int)((n + PIECE - 1) / PIECE);
+  float* partial = scratch(most(1, tasks));
+  parallel(tasks, [&](int task, int) {
+    long end = (task + 1) * PIECE < n ? (task + 1) * PIECE : n;
+    vf s[4] = {};
+    long i = task * PIECE;
+    for (; i + 4 * VL <= end; i += 4 * VL)
+      UNROLL for (int j = 0; j < 4; j++) s[j] += f(i + j * VL, VL);
+    for (; i < end; i += VL) s[0] += f(i, least(VL, end - i));
+    partial[task] = sum((s[0] + s[1]) + (s[2] + s[3]));
+  });
+  double total = 0;
+  for (int i = 0; i < tasks; i++) total += partial[i];
+  return total;
+}
+
+}  // namespace
+
+void pointwise_forward(float* y, const float* x, long n, int kind) {
+  (kind == SILU         ? forward_of<SILU>
+   : kind == GELU_EXACT ? forward_of<GELU_EXACT>
+   : kind == GELU_TANH  ? forward_of<GELU_TANH>
+                        : forward_of<GELU_QUICK>)(y, x, n);
+}
+void pointwise_backward(float* dx, const float* dy, const float* x, long n, int kind) {
+  (kind == SILU         ? backward_of<SILU>
+   : kind == GELU_EXACT ? backward_of<GELU_EXACT>
+   : kind == GELU_TANH  ? backward_of<GELU_TANH>
+                        : backward_of<GELU_QUICK>)(dx, dy, x, n);
+}
+
+void geglu_forward(float* y, const float* x, long rows, int D) {
+  parallel(least(rows, 64), [&](int task, int) {
+    int tasks = least(rows, 64);
+    for (long r = rows * task / tasks; r < rows * (task + 1) / tasks; r++)
+      for (int c = 0; c < D; c += VL) {
+        vf a = load_first(x + r * 2 * D + c, D - c), g = load_first(x + r * 2 * D + D + c, D - c), phi, slope;
+        gate<GELU_EXACT>(g, phi, slope);
+        store_first(y + r * D + c, a * g * phi, D - c);
+      }
+  });
+}
+void geglu_backward(float* dx, const float* dy, const float* x, long rows, int D) {
+  parallel(least(rows, 64), [&](int task, int) {
+    int tasks = least(rows, 64);
+    for (long r = rows * task / tasks; r < rows * (task + 1) / tasks; r++)
+      for (int c = 0; c < D; c += VL) {
+        vf a = load_first(x + r * 2 * D + c, D - c), g = load_first(x + r * 2 * D + D + c, D - c), phi, slope;
+        vf d = load_first(dy + r * D + c, D - c);
+        gate<GELU_EXACT>(g, phi, slope);
+        store_first(dx + r * 2 * D + c, d * g * phi, D - c);
+        store_first(dx + r * 2 * D + D + c, d * a * (phi + g * slope), D - c);
+      }
+  });
+}
+
+void add(float* y, const float* a, const float* b, long n) {
+  pieces(n, [&](long i, int m) { store_first(y + i, load_first(a + i, m) + load_first(b + i, m), m); });
+}
+void scaled_difference(float* y, const float* a, const float* b, float factor, long n) {
+  pieces(n, [&](long i, int m) { store_first(y + i, factor * (load_first(a + i, m) - load_first(b + i, m)), m); });
+}
+double squared_distance(const float* a, const float* b, long n) {
+  return sum_pieces(n, [&](long i, int m) {
+    vf d = load_first(a + i, m) - load_first(b + i, m);
+    return d * d;
+  });
+}
+double sum_of_squares(const float* x, long n) {
+  return sum_pieces(n, [&](long i, int m) {
+    vf v = load_first(x + i, m);
+    return v * v;
+  });
+}
+
+namespace {
+
+// f(array, first number, how many) over all arrays, cut into pieces of equal size for the threads.
+template <class F>
+void over_all(const Update* updates, int count, const F& f) {
+  long total = 0;
+  for (int i = 0; i < count; i++) total += (updates[i].n + PIECE - 1) / PIECE;
+  parallel((int)total, [&](int task, int) {
+    const Update* u = updates;
+    long piece = task;
+    for (long here; piece >= (here = (u->n + PIECE - 1) / PIECE); u++) piece -= here;
+    long end = (piece + 1) * PIECE < u->n ? (piece + 1) * PIECE : u->n;
+    for (long i = piece * PIECE; i < end; i += VL) f(*u, i, least(VL, end - i));
+  });
+}
+
+}  // namespace
+
+// AdamW and the moving average of all parameters: one pass.
+void adamw(const Update* updates, int count, float g_factor, float lr, float beta1, float beta2, float eps, float m_factor,
+           float v_factor, float ema_share) {
+  over_all(updates, count, [&](const Update& u, long i, int n) {
+    vf g = load_first(u.g + i, n) * g_factor, m = load_first(u.m + i, n), v = load_first(u.v + i, n);
+    vf p = load_first(u.p + i, n), ema = load_first(u.ema + i, n);
+    m += (1 - beta1) * (g - m);
+    v += (1 - beta2) * (g * g - v);
+    p -= lr * (m * m_factor / (vsqrt(v * v_factor) + eps) + u.decay * p);
+    ema += ema_share * (p - ema);
+    store_first(u.m + i, m, n);
+    store_first(u.v + i, v, n);
+    store_first(u.p + i, p, n);
+    store_first(u.ema + i, ema, n);
+  });
+}
+
+// Muon's momentum: m is updated, the direction goes to p.
+void momentum(const Update* updates, int count, float g_factor, float mu) {
+  over_all(updates, count, [&](const Update& u, long i, int n) {
+    vf g = load_first(u.g + i, n) * g_factor, m = load_first(u.m + i, n);
+    m += (1 - mu) * (g - m);
+    store_first(u.m + i, m, n);
+    store_first(u.p + i, (1 - mu) * g + mu * m, n);
+  });
+}
+
+void descend(const Update* updates, int count, float lr, float ema_share) {
+  over_all(updates, count, [&](const Update& u, long i, int n) {
+    vf p = load_first(u.p + i, n), ema = load_first(u.ema + i, n);
+    p -= lr * (u.length * load_first(u.g + i, n) + u.decay * p);
+    ema += ema_share * (p - ema);
+    store_first(u.p + i, p, n);
+    store_first(u.ema + i, ema, n);
+  });
+}
+
+}  // namespace minidiff::MINIDIFF_ISA

@@ -1,0 +1,66 @@
+// The kernels of one instruction set, gathered.
+#include "kernels.h"
+#include "pool.h"
+#include "gemm.h"
+
+namespace minidiff {
+namespace MINIDIFF_ISA {
+
+void conv2d(const Conv&);
+void conv2d_weight_gradient(const Conv&, const float* dy, float* dw);
+long prepared_size(const Conv&);
+void prepare(const Conv&, float*);
+void sum_squares_of_pixels(float* y, const float* x, int B, int h, int w, int C, int factor);
+void linear(float*, const float*, const float*, const float*, const float*, long, int, int, bool);
+void linear_weight_gradient(float*, const float*, const float*, long, int, int);
+void column_sums(float*, const float*, int, long, int);
+void group_norm_forward(const GroupNorm&);
+void group_norm_backward(const GroupNorm&);
+void layer_norm_forward(float*, float*, float*, const float*, const float*, const float*, long, int, double);
+void layer_norm_backward(float*, float*, float*, const float*, const float*, const float*, const float*, const float*, long,
+                         int);
+void attention_forward(const Attention&);
+void attention_backward(const Attention&);
+void pointwise_forward(float*, const float*, long, int);
+void pointwise_backward(float*, const float*, const float*, long, int);
+void geglu_forward(float*, const float*, long, int);
+void geglu_backward(float*, const float*, const float*, long, int);
+void add(float*, const float*, const float*, long);
+double squared_distance(const float*, const float*, long);
+void scaled_difference(float*, const float*, const float*, float, long);
+double sum_of_squares(const float*, long);
+void adamw(const Update*, int, float, float, float, float, float, float, float, float);
+
+void momentum(const Update*, int, float, float);
+void descend(const Update*, int, float, float);
+void orthogonalise(const Orthogonal*, int);
+
+// The micro-kernel on data in the first-level cache, in every thread: floating-point operations done.
+static double peak(long repeats) {
+  constexpr int K = 8;
+  int T = num_threads();
+  parallel(T, [&](int, int) {
+    alignas(64) static thread_local float a[K * ROWS * BLOCK], b[K * BLOCK * PANEL], y[ROWS * PANEL];
+    long offsets[K];
+    for (int i = 0; i < K; i++) offsets[i] = i * ROWS * BLOCK;
+    for (long i = 0; i < repeats; i++)
+      product<1, ROWS, 2>(a, 0, offsets, K, b, Tile{y, 0, PANEL, PANEL, false, nullptr, nullptr});
+  });
+  return 2.0 * T * repeats * ROWS * PANEL * K * BLOCK;
+}
+
+static const Kernels table = {
+#define MINIDIFF_NAME(x) #x
+#define MINIDIFF_STRING(x) MINIDIFF_NAME(x)
+    MINIDIFF_STRING(MINIDIFF_ISA), conv2d, conv2d_weight_gradient, prepared_size, prepare, sum_squares_of_pixels,
+    linear, linear_weight_gradient, column_sums, group_norm_forward, group_norm_backward, layer_norm_forward,
+    layer_norm_backward, attention_forward, attention_backward, pointwise_forward, pointwise_backward, geglu_forward,
+    geglu_backward, add, squared_distance, scaled_difference, sum_of_squares, adamw, momentum, descend, orthogonalise, peak};
+
+}  // namespace MINIDIFF_ISA
+
+#define MINIDIFF_JOIN(a, b) a##b
+#define MINIDIFF_TABLE(isa) MINIDIFF_JOIN(kernels_, isa)
+const Kernels* const MINIDIFF_TABLE(MINIDIFF_ISA) = &MINIDIFF_ISA::table;
+
+}  // namespace minidiff

@@ -1,0 +1,70 @@
+// Every kernel, declared once: what the compiled modules offer to Python, under these names and in this order of
+// arguments. Outputs come first and are allocated by the caller; an output is overwritten, never added to, unless said
+// otherwise. Arrays are float32 and contiguous; `?` marks those that may be None. What a module lacks is left to the
+// reference in minidiff/ops.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "view.h"
+
+namespace minidiff {
+
+using Sides = std::vector<std::vector<int>>;  // ((top, bottom), (left, right))
+
+// y (B, H', W', N) = conv(x (B, h, w, C) [beside x2? (B, h, w, C2)], every pixel repeated `upsample` times both ways)
+// with w (kh, kw, C + C2, N), + b? (N,) + shift? (B, N) + residual? like y. prepared?: from conv2d_prepare.
+void conv2d_forward(View y, View x, View x2, View w, View b, View shift, View residual, int stride, Sides sides,
+                    int upsample, View prepared, int algorithm);
+// dx? like x, dx2? like x2, dw? like w, dshift? (B, N): the sums of dy over positions.
+void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, View x2, View w, int stride, Sides sides,
+                     int upsample, int algorithm);
+// How many floats conv2d_prepare writes for images of these sizes; 0: nothing to prepare.
+int64_t conv2d_prepared_size(View w, int B, int height, int width, int stride, Sides sides, int upsample);
+void conv2d_prepare(View prepared, View w, int B, int height, int width, int stride, Sides sides, int upsample);
+
+// y (M, N) = x (M, K) w (K, N) + b? (N,) + residual? (M, N)
+void linear_forward(View y, View x, View w, View b, View residual);
+// dx? (M, K), dw (K, N), db? (N,)
+void linear_backward(View dx, View dw, View db, View dy, View x, View w);
+
+// x, y (B, N, C); gain, offset (B, C) or (1, C); mean, rstd (B, C)
+void group_norm_forward(View y, View mean, View rstd, View x, View gain, View offset, int groups, double eps, bool silu);
+// dgain, doffset (B, C)
+void group_norm_backward(View dx, View dgain, View doffset, View dy, View x, View gain, View offset, View mean, View rstd,
+                         int groups, bool silu);
+// x, y (rows, D); mean, rstd (rows,)
+void layer_norm_forward(View y, View mean, View rstd, View x, View gamma, View beta, double eps);
+void layer_norm_backward(View dx, View dgamma, View dbeta, View dy, View x, View gamma, View mean, View rstd);
+
+// q (B, Lq, D), k (B, Lk, D), v (B, Lk, Dv), y (B, Lq, Dv), lse (B, heads, Lq); bias? (B, heads, Lq, Lk), any strides
+void attention_forward(View y, View lse, View q, View k, View v, View bias, int heads, double scale, bool causal);
+void attention_backward(View dq, View dk, View dv, View dy, View y, View lse, View q, View k, View v, View bias, int heads,
+                        double scale, bool causal);
+
+// One-dimensional, all of one length. kind: silu, gelu_exact, gelu_tanh, gelu_quick
+void pointwise_forward(View y, View x, const std::string& kind);
+void pointwise_backward(View dx, View dy, View x, const std::string& kind);
+// x (rows, 2 D) -> y (rows, D)
+void geglu_forward(View y, View x);
+void geglu_backward(View dx, View dy, View x);
+void add(View y, View a, View b);
+double squared_distance(View a, View b);
+void scaled_difference(View y, View a, View b, double factor);
+double sum_of_squares(View x);
+
+// Lists of one-dimensional arrays, one a parameter; p, m, v and ema are updated in place.
+void adamw_update(std::vector<View> p, std::vector<View> g, std::vector<View> m, std::vector<View> v,
+                  std::vector<View> ema, std::vector<double> decay, double g_factor, double lr, double beta1, double beta2,
+                  double eps, int step, double ema_decay);
+
+// Muon: m is updated in place, u <- (1 - mu) g_factor g + mu m
+void muon_momentum(std::vector<View> u, std::vector<View> g, std::vector<View> m, double g_factor, double mu);
+// p <- p - lr (length u + decay p) and ema <- ema + (1 - ema_decay) (p - ema), in place
+void descend(std::vector<View> p, std::vector<View> u, std::vector<View> ema, double lr, std::vector<double> length,
+             std::vector<double> decay, double ema_decay);
+// For each g (rows, n), rows >= n, the x of the same shape with its singular vectors and singular values near 1.
+void orthogonalise(std::vector<View> x, std::vector<View> g);
+
+}  // namespace minidiff

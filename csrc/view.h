@@ -1,0 +1,82 @@
+// An array as a kernel's caller hands it over, and the checks that name what is wrong with it.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace minidiff {
+
+enum class DType : uint8_t { f32, other };
+enum class Device : uint8_t { cpu, cuda };
+
+struct View {
+  void* data = nullptr;
+  std::vector<int64_t> shape, strides;  // strides in bytes
+  DType dtype = DType::other;
+  std::string dtype_name;
+  Device device = Device::cpu;
+  bool writable = false;
+  bool given = false;  // false: None
+
+  explicit operator bool() const { return given; }
+  int64_t size() const {
+    int64_t n = 1;
+    for (int64_t s : shape) n *= s;
+    return n;
+  }
+  bool contiguous() const {
+    if (size() == 0) return true;
+    int64_t step = 4;
+    for (size_t i = shape.size(); i-- > 0; step *= shape[i])
+      if (shape[i] != 1 && strides[i] != step) return false;
+    return true;
+  }
+};
+
+constexpr int64_t ANY = -1;
+
+inline std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string s = "(";
+  for (size_t i = 0; i < shape.size(); i++)
+    s += (i ? ", " : "") + (shape[i] == ANY ? std::string("any") : std::to_string(shape[i]));
+  return s + (shape.size() == 1 ? ",)" : ")");
+}
+
+// Throws std::invalid_argument, which says which argument of which op wanted what.
+struct Check {
+  const char* op;
+  Device device = Device::cpu;
+
+  [[noreturn]] void fail(const char* name, const std::string& what) const {
+    throw std::invalid_argument(std::string(op) + ": " + name + " " + what);
+  }
+  void array(const View& v, const char* name, std::vector<int64_t> shape, bool contiguous = true) const {
+    if (!v) fail(name, "is missing");
+    if (v.device != device) fail(name, device == Device::cpu ? "must be in the computer's memory" : "must be on the GPU");
+    if (v.dtype != DType::f32) fail(name, "must be float32, got " + v.dtype_name);
+    bool fits = v.shape.size() == shape.size();
+    for (size_t i = 0; fits && i < shape.size(); i++) fits = shape[i] == ANY || shape[i] == v.shape[i];
+    if (!fits) fail(name, "must have shape " + shape_text(shape) + ", got " + shape_text(v.shape));
+    if (contiguous && !v.contiguous()) fail(name, "must be contiguous, in C order");
+  }
+  const float* in(const View& v, const char* name, std::vector<int64_t> shape) const {
+    array(v, name, shape);
+    return static_cast<const float*>(v.data);
+  }
+  const float* maybe(const View& v, const char* name, std::vector<int64_t> shape) const {
+    return v ? in(v, name, shape) : nullptr;
+  }
+  float* out(const View& v, const char* name, std::vector<int64_t> shape) const {
+    array(v, name, shape);
+    if (!v.writable) fail(name, "is read-only");
+    return static_cast<float*>(v.data);
+  }
+  void that(bool holds, const char* name, const std::string& what) const {
+    if (!holds) fail(name, what);
+  }
+};
+
+}  // namespace minidiff
