@@ -1,6 +1,7 @@
-"""Which recipe learns `shapes` best in a few minutes on this machine: each is trained for the same time, then scored.
+"""Which recipe learns `shapes` best: each is trained on the same number of images, then scored.
 
-    python benchmarks/bench_recipes.py --minutes 3 [NAME ...]
+    python benchmarks/bench_recipes.py [NAME ...] --images 100000
+    python benchmarks/bench_recipes.py --speed           images a second of each recipe, on an idle machine
 
 A recipe is the preset with a few settings changed. Scores are those of validation captions (the test captions are
 kept for the model that is chosen), from the averaged weights, at the best of several guidance scales. Results already
@@ -47,9 +48,10 @@ RECIPES: dict[str, dict[str, str]] = {
 }
 
 
-def measure(changes: dict[str, str], minutes: float, n: int) -> dict[str, Any]:
+def measure(changes: dict[str, str], images: int, n: int) -> dict[str, Any]:
     """Train the recipe, and score it at each guidance scale."""
-    config = load_config("shapes", {**changes, "train.minutes": minutes})
+    batch = int(changes.get("train.batch", load_config("shapes").train.batch))
+    config = load_config("shapes", {**changes, "train.steps": images // batch})
     state = new_state(config)
     losses = []
     for log in train(state, open_data(config.data, config.train.seed)):
@@ -60,10 +62,8 @@ def measure(changes: dict[str, str], minutes: float, n: int) -> dict[str, Any]:
     best = max(scores, key=lambda w: (scores[w]["all_right"], sum(scores[w][name] for name in SCORES)))
     return {
         "changes": changes,
-        "minutes": minutes,
         "parameters": parameter_count(state.model),
         "images": log.images,
-        "images_per_second": log.images / state.seconds,
         "loss": float(np.mean(losses[-200:])),
         "guidance": best,
         "n": n,
@@ -71,12 +71,20 @@ def measure(changes: dict[str, str], minutes: float, n: int) -> dict[str, Any]:
     }
 
 
+def speed(changes: dict[str, str], steps: int = 60) -> float:
+    """Images a second in training, without the first 20 steps."""
+    state = new_state(load_config("shapes", {**changes, "train.steps": steps}))
+    logs = list(train(state, open_data(state.config.data, state.config.train.seed)))
+    return (logs[-1].images - logs[19].images) / (60 * (logs[-1].minutes - logs[19].minutes))
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown, the best first."""
-    names = ["recipe", "images/s", "images", "parameters", "w", *(name.replace("_", " ") for name in SCORES)]
+    names = ["recipe", "images/s", "parameters", "w", *(name.replace("_", " ") for name in SCORES)]
     lines = [" | ".join(["", *names, ""]).strip(), "|" + " --- |" * len(names)]
     for name, r in sorted(rows.items(), key=lambda item: -item[1]["all_right"]):
-        cells = [name, f"{r['images_per_second']:.0f}", f"{r['images']:,}", f"{r['parameters'] / 1e6:.1f} M"]
+        fast = f"{r['images_per_second']:.0f}" if "images_per_second" in r else ""
+        cells = [name, fast, f"{r['parameters'] / 1e6:.1f} M"]
         cells += [f"{r['guidance']:g}", *(f"{r[s]:.1%}" for s in SCORES)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -85,15 +93,22 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(map(repr, RECIPES))}")
-    parser.add_argument("--minutes", type=float, default=3)
+    parser.add_argument("--images", type=int, default=100_000)
+    parser.add_argument(
+        "--speed", action="store_true", help="only measure the images a second of the results there are"
+    )
     parser.add_argument("--n", type=int, default=200, help="validation captions")
     args = parser.parse_args()
     path = results_path("recipes", "json")
     rows = json.loads(path.read_text())["recipes"] if path.exists() else {}
-    for name in args.names or [name for name in RECIPES if name not in rows]:
-        rows[name] = measure(RECIPES[name], args.minutes, args.n)
+    for name in args.names or [name for name in RECIPES if (name in rows) == args.speed]:
+        if args.speed:
+            rows[name]["images_per_second"] = speed(RECIPES[name])
+        else:
+            rows[name] = measure(RECIPES[name], args.images, args.n)
         print(name, json.dumps(rows[name]), flush=True)
-        write_json("recipes", {"command": "bench_recipes.py", "recipes": rows})
+        command = f"bench_recipes.py --images {args.images}, and --speed"
+        write_json("recipes", {"command": command, "recipes": rows})
         results_path("recipes", "md").write_text(table(rows))
 
 

@@ -637,7 +637,7 @@ void conv2d_weight_gradient(const Conv& c, const float* dy, float* dw) {
     a == WINOGRAD4 ? winograd_weight_gradient<F4>(c, dy, dw) : winograd_weight_gradient<F2>(c, dy, dw);
 }
 
-void sum_squares_of_pixels(float* y, const float* x, int B, int h, int w, int C, int factor) {
+void pool_sum(float* y, const float* x, int B, int h, int w, int C, int factor) {
   parallel(B * h, [&](int row, int) {
     for (int j = 0; j < w; j++)
       for (int c = 0; c < C; c += VL) {

@@ -78,7 +78,7 @@ struct Kernels {
   void (*prepare)(const Conv&, float*);
 
   // y (B, h, w, C): the sum over each square of factor x factor pixels of x (B, factor h, factor w, C)
-  void (*sum_squares_of_pixels)(float* y, const float* x, int B, int h, int w, int C, int factor);
+  void (*pool_sum)(float* y, const float* x, int B, int h, int w, int C, int factor);
 
   // y (M, N) = x (M, K) @ w (K, N) + bias (N,) + residual (M, N)
   void (*linear)(float* y, const float* x, const float* w, const float* bias, const float* residual, long M, int K, int N,

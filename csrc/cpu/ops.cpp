@@ -113,7 +113,7 @@ void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, V
       std::vector<float> large(c.up > 1 ? (size_t)d.B * d.H * d.W * d.N : 0);
       d.y = c.up > 1 ? large.data() : out;
       in_use->conv2d(d);
-      if (c.up > 1) in_use->sum_squares_of_pixels(out, large.data(), d.B, c.h, c.w, channels, c.up);
+      if (c.up > 1) in_use->pool_sum(out, large.data(), d.B, c.h, c.w, channels, c.up);
     }
     first += channels;
   }
