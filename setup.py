@@ -40,7 +40,7 @@ class Build(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         try:
             build(target, Path(self.build_temp).absolute())
-        except (OSError, RuntimeError, subprocess.CalledProcessError) as e:
+        except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as e:
             print(f"minidiff: no compiled kernels, NumPy will do the work: {e}", file=sys.stderr)
 
     def get_outputs(self) -> list[str]:
