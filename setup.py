@@ -18,7 +18,17 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CPU = Path("csrc/cpu")
-KERNELS = ("conv2d", "linear", "groupnorm", "layernorm", "attention", "pointwise", "muon", "table")  # one build a set
+KERNELS = (
+    "conv2d",
+    "linear",
+    "groupnorm",
+    "layernorm",
+    "attention",
+    "pointwise",
+    "muon",
+    "philox",
+    "table",
+)  # one build a set
 COMMON = ("ops", "pool", "allocator", "module")
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast "

@@ -67,4 +67,7 @@ void descend(std::vector<View> p, std::vector<View> u, std::vector<View> ema, do
 // For each g (rows, n), rows >= n, the x of the same shape with its singular vectors and singular values near 1.
 void orthogonalise(std::vector<View> x, std::vector<View> g);
 
+// out (samples, elements): standard normal numbers, the elements counted in C order; see minidiff/random.py
+void normal(View out, std::vector<int64_t> samples, uint64_t seed, uint32_t step, uint32_t purpose);
+
 }  // namespace minidiff

@@ -16,6 +16,7 @@ import numpy as np
 
 import minidiff._cpu as _cpu
 from minidiff.backend import REFERENCE, Array
+from minidiff.random import check_counters
 from minidiff.threads import num_threads
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -288,3 +289,11 @@ def descend(
 ) -> None:  # fmt: skip
     along = [np.ascontiguousarray(a).reshape(-1) for a in u]
     _cpu.descend(_flat(p), along, _flat(ema), lr, length, decay, ema_decay)
+
+
+@_op
+def normal(seed: int, samples: Sequence[int], step: int, purpose: int, shape: tuple[int, ...]) -> np.ndarray:
+    check_counters(seed, samples, step)
+    out = np.empty((len(samples), *shape), np.float32)
+    _cpu.normal(out.reshape(len(samples), math.prod(shape)), list(samples), seed, step, int(purpose))
+    return out

@@ -43,12 +43,17 @@ def philox(c0: Array, c1: Array, c2: Array, c3: Array, seed: int) -> tuple[Array
     return c0, c1, c2, c3
 
 
-def _words(seed: int, samples: Sequence[int], step: int, purpose: Purpose, elements: int) -> np.ndarray:
-    """32-bit words (len(samples), elements); element e is word e % 4 of the block with counter e // 4."""
+def check_counters(seed: int, samples: Sequence[int], step: int) -> None:
+    """Raises ValueError for a seed beyond 64 bits, or a step or sample number beyond 32."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"the seed must be in 0..2^64 - 1, got {seed}")
     if max(step, *samples, 0, 0) >= 2**32 or min(step, *samples, 0, 0) < 0:
         raise ValueError("the numbers of the step and of the samples must be in 0..2^32 - 1")
+
+
+def _words(seed: int, samples: Sequence[int], step: int, purpose: Purpose, elements: int) -> np.ndarray:
+    """32-bit words (len(samples), elements); element e is word e % 4 of the block with counter e // 4."""
+    check_counters(seed, samples, step)
     blocks = np.arange((elements + 3) // 4, dtype=np.uint64)[None, :]
     sample = np.asarray(samples, dtype=np.uint64)[:, None]
     words = philox(blocks, sample, np.uint64(step), np.uint64(purpose), seed)

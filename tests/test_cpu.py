@@ -261,7 +261,7 @@ def test_the_reference_can_be_chosen_from_outside():
 
 def test_what_is_left_to_the_reference():
     """Nothing that takes time: doctor lists the same."""
-    left = {"embedding_forward", "embedding_backward", "normal", "softmax_forward", "softmax_backward"}
+    left = {"embedding_forward", "embedding_backward", "softmax_forward", "softmax_backward"}
     left |= {"upsample_nearest_forward", "upsample_nearest_backward"}
     assert set(fallbacks("cpu")) == left & set(REFERENCE)
 

@@ -112,6 +112,10 @@ struct Kernels {
   void (*descend)(const Update*, int count, float lr, float ema_share);
   void (*orthogonalise)(const Orthogonal*, int count);
 
+  // out (count, elements): standard normal numbers of the samples with these numbers
+  void (*normal)(float* out, const int64_t* samples, long count, long elements, uint64_t seed, uint32_t step,
+                 uint32_t purpose);
+
   double (*peak)(long repeats);  // multiply-adds of the micro-kernel on data in the first-level cache: operations done
 };
 

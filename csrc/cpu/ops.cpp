@@ -357,4 +357,10 @@ void orthogonalise(std::vector<View> x, std::vector<View> g) {
   in_use->orthogonalise(list.data(), (int)list.size());
 }
 
+void normal(View out, std::vector<int64_t> samples, uint64_t seed, uint32_t step, uint32_t purpose) {
+  Check check{"normal"};
+  float* to = check.out(out, "out", {(int64_t)samples.size(), ANY});
+  in_use->normal(to, samples.data(), (long)samples.size(), out.shape[1], seed, step, purpose);
+}
+
 }  // namespace minidiff

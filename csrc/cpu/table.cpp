@@ -35,6 +35,8 @@ void momentum(const Update*, int, float, float);
 void descend(const Update*, int, float, float);
 void orthogonalise(const Orthogonal*, int);
 
+void normal(float*, const int64_t*, long, long, uint64_t, uint32_t, uint32_t);
+
 // The micro-kernel on data in the first-level cache, in every thread: floating-point operations done.
 static double peak(long repeats) {
   constexpr int K = 8;
@@ -55,7 +57,7 @@ static const Kernels table = {
     MINIDIFF_STRING(MINIDIFF_ISA), conv2d, conv2d_weight_gradient, prepared_size, prepare, pool_sum,
     linear, linear_weight_gradient, column_sums, group_norm_forward, group_norm_backward, layer_norm_forward,
     layer_norm_backward, attention_forward, attention_backward, pointwise_forward, pointwise_backward, geglu_forward,
-    geglu_backward, add, squared_distance, scaled_difference, sum_of_squares, adamw, momentum, descend, orthogonalise, peak};
+    geglu_backward, add, squared_distance, scaled_difference, sum_of_squares, adamw, momentum, descend, orthogonalise, normal, peak};
 
 }  // namespace MINIDIFF_ISA
 
