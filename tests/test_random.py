@@ -190,7 +190,7 @@ def test_numbers_beyond_the_counter_are_refused(seed, sample, step):
 
 
 def test_every_kind_of_kernels_draws_the_same_numbers(kernels_kind):
-    """To 1e-5: logarithm and cosine differ in the last digits, the 32-bit words do not. Ragged counts, large numbers."""
+    """To 1e-5: logarithm and cosine differ in the last digits, the 32-bit words do not. Ragged and large numbers."""
     for seed, samples, step, shape in (
         (0, [0], 0, (1,)),
         (2**64 - 1, [0, 2**32 - 1, 7], 2**32 - 1, (3, 7)),
