@@ -223,8 +223,9 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
     """
     c = state.config.train
     measured = min(100, c.warmup)  # steps that show the speed; the warm-up does not ask how long the run will be
+    durations: list[float] = []
     if c.minutes and state.step >= measured:
-        _set_steps_from_minutes(state)
+        _set_steps_from_minutes(state, state.seconds / state.step)
 
     def draw(step: int) -> list[Batch]:
         return [draw_batch(state, data, step, part) for part in range(c.accumulate)]
@@ -247,8 +248,10 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
             state.optimizer.step(lr, grads, factor)
             seconds = time.perf_counter() - started
             state.seconds += seconds
+            durations.append(seconds)
             if state.config.train.minutes and state.step >= measured:
-                _set_steps_from_minutes(state)
+                # the first steps are slower than the rest, and one may be held up: the median of the second half
+                _set_steps_from_minutes(state, float(np.median(durations[len(durations) // 2 :])))
             n = c.batch * c.accumulate
             yield StepLog(state.step, loss, lr, norm, state.step * n, state.seconds / 60, n / seconds)
 
@@ -366,9 +369,9 @@ def _check_finite(state: TrainState) -> None:
                 raise Diverged(f"step {state.step}: {name} is not finite; {_CALM}")
 
 
-def _set_steps_from_minutes(state: TrainState) -> None:
-    """Replace `minutes` by the number of steps that fit into them, by the speed so far."""
-    remaining = (60 * state.config.train.minutes - state.seconds) / (state.seconds / state.step)
+def _set_steps_from_minutes(state: TrainState, seconds_a_step: float) -> None:
+    """Replace `minutes` by the number of steps that fit into them."""
+    remaining = (60 * state.config.train.minutes - state.seconds) / seconds_a_step
     steps = max(state.step, state.config.train.warmup + 1, state.step + int(remaining))
     state.config = replace(state.config, train=replace(state.config.train, steps=steps, minutes=0.0))
 
