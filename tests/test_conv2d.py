@@ -53,3 +53,41 @@ def test_conv2d(x, w, stride, padding, rng):
             lambda x, w, b=None: formula(x, w, b, stride, sides),
             *arrays,
         )
+
+
+@pytest.mark.parametrize("stride, upsample", [(1, 1), (2, 1), (1, 2), (2, 3)])
+def test_what_stands_around_a_convolution(stride, upsample, rng):
+    """A second input beside the first, every pixel repeated, a shift for each image, a residual."""
+    sides = ((1, 0), (1, 1))
+    x, beside, w = (rng.standard_normal(s) for s in ((2, 3, 4, 3), (2, 3, 4, 2), (3, 3, 5, 4)))
+    b, shift = rng.standard_normal(4), rng.standard_normal((2, 4))
+
+    def whole(x, beside):
+        return np.concatenate([x, beside], axis=3).repeat(upsample, axis=1).repeat(upsample, axis=2)
+
+    residual = rng.standard_normal(formula(whole(x, beside), w, b, stride, sides).shape)
+    check_op(
+        lambda x, w, b, beside, shift, residual: ops.conv2d(
+            x, w, b, stride, sides, beside=beside, shift=shift, residual=residual, upsample=upsample
+        ),
+        lambda x, w, b, beside, shift, residual: (
+            formula(whole(x, beside), w, b, stride, sides) + shift[:, None, None] + residual
+        ),
+        x, w, b, beside, shift, residual,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "around, words",
+    [
+        ({"beside": np.zeros((1, 4, 4, 2))}, "does not fit weight"),
+        ({"beside": np.zeros((1, 4, 3, 1))}, "does not lie beside"),
+        ({"shift": np.zeros((1, 2))}, "shift"),
+        ({"residual": np.zeros((1, 4, 4, 3))}, "residual"),
+        ({"upsample": 0}, "upsample must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_around_a_convolution(around, words):
+    channels = 3 - ("beside" in around and around["beside"].shape[2] == 3)
+    with pytest.raises(ValueError, match=words):
+        ops.conv2d(np.zeros((1, 4, 4, channels)), np.zeros((3, 3, 3, 5)), None, 1, 1, **around)

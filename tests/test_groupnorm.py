@@ -63,3 +63,23 @@ def test_a_large_offset(silu, rng):
     x, gamma, beta = draw(rng, (2, 5, 3, 6))
     arrays = np.round(4 * x) / 4 + 1e4, gamma, beta
     check(arrays, precision=dict(condition=100, dtypes=("float32",)), groups=2, silu=silu)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_scale_and_shift(silu, rng):
+    """One scale and shift for each image, between the normalisation and the SiLU."""
+    x, gamma, beta = draw(rng, (3, 4, 5, 6))
+    scale, shift = rng.standard_normal((3, 6)), rng.standard_normal((3, 6))
+
+    def scaled(x, gamma, beta, scale, shift):
+        z = formula(x, gamma, beta, 2) * (1 + scale[:, None, None]) + shift[:, None, None]
+        return z / (1 + np.exp(-z)) if silu else z
+
+    check_op(
+        lambda x, gamma, beta, scale, shift: ops.group_norm(x, gamma, beta, 2, silu=silu, scale=scale, shift=shift),
+        scaled, x, gamma, beta, scale, shift,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="both scale and shift"):
+        ops.group_norm(x, gamma, beta, 2, scale=scale)
+    with pytest.raises(ValueError, match=r"must be \(3, 6\)"):
+        ops.group_norm(x, gamma, beta, 2, scale=scale[:1], shift=shift[:1])

@@ -23,3 +23,11 @@ def test_linear(leading, d_in, d_out, rng):
     x, w = rng.standard_normal((*leading, d_in)), rng.standard_normal((d_in, d_out))
     check_op(ops.linear, formula, x, w, rng.standard_normal(d_out))
     check_op(ops.linear, formula, x, w)
+
+
+def test_a_residual_is_added(rng):
+    x, w, b, residual = (rng.standard_normal(s) for s in ((2, 3, 5), (5, 4), (4,), (2, 3, 4)))
+    check_op(ops.linear, lambda x, w, b, r: x @ w + b + r, x, w, b, residual)
+    check_op(lambda x, w, r: ops.linear(x, w, None, r), lambda x, w, r: x @ w + r, x, w, residual)
+    with pytest.raises(ValueError, match="residual"):
+        ops.linear(x, w, b, residual[:1])
