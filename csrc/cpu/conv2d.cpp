@@ -105,6 +105,13 @@ void fill_slab_row(const Conv& c, const Slab& s, int b, int r, float* out) {
   }
 }
 
+// One of `parts` equal parts of the padded rows of nb images from b0.
+void fill_slab(const Conv& c, const Slab& s, int b0, int nb, int part, int parts, float* slab) {
+  long rows = (long)nb * s.rows;
+  for (int r = rows * part / parts; r < rows * (part + 1) / parts; r++)
+    fill_slab_row(c, s, b0 + r / s.rows, r % s.rows, slab + r / s.rows * s.image + r % s.rows * s.row);
+}
+
 INLINE long tap_offset(const Conv& c, const Slab& s, int tap) {
   int p = tap / c.kw, q = tap % c.kw;
   return p * s.row + ((long)(q % c.stride) * s.columns + q / c.stride) * BLOCK;
@@ -156,10 +163,7 @@ void direct(const Conv& c) {
   for (int b0 = 0; b0 < c.B; b0 += s.images) {
     int nb = least(s.images, c.B - b0);
     int fills = least(nb * s.rows, 4 * T);
-    parallel(fills, [&](int task, int) {
-      for (int r = (long)nb * s.rows * task / fills; r < (long)nb * s.rows * (task + 1) / fills; r++)
-        fill_slab_row(c, s, b0 + r / s.rows, r % s.rows, slab + r / s.rows * s.image + r % s.rows * s.row);
-    });
+    parallel(fills, [&](int task, int) { fill_slab(c, s, b0, nb, task, fills, slab); });
     int rows = nb * c.H, parts = least(rows, np % T == 0 ? 1 : (4 * T + np - 1) / np);
     parallel(np * parts, [&](int task, int) {
       int n = task / parts, q = task % parts;
@@ -187,8 +191,7 @@ void direct_weight_gradient(const Conv& c, const float* dy, float* dw) {
     int nb = least(s.images, c.B - b0);
     int fills = least(nb * s.rows, 4 * T);
     parallel(fills, [&](int task, int) {
-      for (int r = (long)nb * s.rows * task / fills; r < (long)nb * s.rows * (task + 1) / fills; r++)
-        fill_slab_row(c, s, b0 + r / s.rows, r % s.rows, slab + r / s.rows * s.image + r % s.rows * s.row);
+      fill_slab(c, s, b0, nb, task, fills, slab);
       long n = (long)nb * c.H * c.W;
       pack_gradient(dy + (long)b0 * c.H * c.W * c.N, c.N, n * task / fills, n * (task + 1) / fills, d, panel);
     });

@@ -46,6 +46,17 @@ Conv geometry(const Check& check, int B, int h, int w, int C1, int C2, const Vie
   return c;
 }
 
+// The same, of the images x [beside x2].
+Conv with_inputs(const Check& check, const View& x, const View& x2, const View& w, int stride, const Sides& sides,
+                 int upsample) {
+  check.array(x, "x", {ANY, ANY, ANY, ANY});
+  int64_t B = x.shape[0], h = x.shape[1], wd = x.shape[2];
+  if (x2) check.array(x2, "x2", {B, h, wd, ANY});
+  Conv c = geometry(check, B, h, wd, x.shape[3], at(x2, 3), w, stride, sides, upsample);
+  c.x = (const float*)x.data, c.x2 = x2 ? (const float*)x2.data : nullptr;
+  return c;
+}
+
 bool is_linear(const Conv& c) {
   return c.kh == 1 && c.kw == 1 && c.stride == 1 && c.up == 1 && !c.x2 && c.C2 == 0 && !c.shift && c.H == c.h && c.W == c.w;
 }
@@ -58,15 +69,11 @@ const Kernels* kernels_in_use() { return in_use; }
 void conv2d_forward(View y, View x, View x2, View w, View b, View shift, View residual, int stride, Sides sides,
                     int upsample, View prepared, int algorithm) {
   Check check{"conv2d_forward"};
-  check.array(x, "x", {ANY, ANY, ANY, ANY});
-  int64_t B = x.shape[0], h = x.shape[1], wd = x.shape[2];
-  if (x2) check.array(x2, "x2", {B, h, wd, ANY});
-  Conv c = geometry(check, B, h, wd, x.shape[3], at(x2, 3), w, stride, sides, upsample);
-  c.x = (const float*)x.data, c.x2 = x2 ? (const float*)x2.data : nullptr;
-  c.y = check.out(y, "y", {B, c.H, c.W, c.N});
+  Conv c = with_inputs(check, x, x2, w, stride, sides, upsample);
+  c.y = check.out(y, "y", {c.B, c.H, c.W, c.N});
   c.bias = check.maybe(b, "b", {c.N});
-  c.shift = check.maybe(shift, "shift", {B, c.N});
-  c.residual = check.maybe(residual, "residual", {B, c.H, c.W, c.N});
+  c.shift = check.maybe(shift, "shift", {c.B, c.N});
+  c.residual = check.maybe(residual, "residual", {c.B, c.H, c.W, c.N});
   c.algorithm = algorithm;
   if (prepared) c.prepared = check.in(prepared, "prepared", {in_use->prepared_size(c)});
   if (is_linear(c))
@@ -78,19 +85,15 @@ void conv2d_forward(View y, View x, View x2, View w, View b, View shift, View re
 void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, View x2, View w, int stride, Sides sides,
                      int upsample, int algorithm) {
   Check check{"conv2d_backward"};
-  check.array(x, "x", {ANY, ANY, ANY, ANY});
-  int64_t B = x.shape[0], h = x.shape[1], wd = x.shape[2];
-  if (x2) check.array(x2, "x2", {B, h, wd, ANY});
-  Conv c = geometry(check, B, h, wd, x.shape[3], at(x2, 3), w, stride, sides, upsample);
-  c.x = (const float*)x.data, c.x2 = x2 ? (const float*)x2.data : nullptr;
+  Conv c = with_inputs(check, x, x2, w, stride, sides, upsample);
   c.algorithm = algorithm;
-  const float* g = check.in(dy, "dy", {B, c.H, c.W, c.N});
+  const float* g = check.in(dy, "dy", {c.B, c.H, c.W, c.N});
   long positions = (long)c.H * c.W;
-  if (dshift) in_use->column_sums(check.out(dshift, "dshift", {B, c.N}), g, (int)B, positions, c.N);
+  if (dshift) in_use->column_sums(check.out(dshift, "dshift", {c.B, c.N}), g, c.B, positions, c.N);
   if (dw) {
     float* out = check.out(dw, "dw", w.shape);
     if (is_linear(c))
-      in_use->linear_weight_gradient(out, c.x, g, B * positions, c.C1, c.N);
+      in_use->linear_weight_gradient(out, c.x, g, c.B * positions, c.C1, c.N);
     else
       in_use->conv2d_weight_gradient(c, g, out);
   }
@@ -100,9 +103,9 @@ void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, V
   for (const View* target : {&dx, &dx2}) {
     int channels = target == &dx ? c.C1 : c.C2;
     if (*target) {
-      float* out = check.out(*target, target == &dx ? "dx" : "dx2", {B, h, wd, channels});
+      float* out = check.out(*target, target == &dx ? "dx" : "dx2", {c.B, c.h, c.w, channels});
       if (is_linear(c)) {
-        in_use->linear(out, g, c.weights, nullptr, nullptr, B * positions, c.N, c.C1, true);
+        in_use->linear(out, g, c.weights, nullptr, nullptr, c.B * positions, c.N, c.C1, true);
         continue;
       }
       Conv d;
