@@ -14,9 +14,10 @@ namespace minidiff {
 using Sides = std::vector<std::vector<int>>;  // ((top, bottom), (left, right))
 
 // y (B, H', W', N) = conv(x (B, h, w, C) [beside x2? (B, h, w, C2)], every pixel repeated `upsample` times both ways)
-// with w (kh, kw, C + C2, N), + b? (N,) + shift? (B, N) + residual? like y. prepared?: from conv2d_prepare.
+// with w (kh, kw, C + C2, N), + b? (N,) + shift? (B, N) + residual? like y; SiLU of all that if asked.
+// prepared?: from conv2d_prepare.
 void conv2d_forward(View y, View x, View x2, View w, View b, View shift, View residual, int stride, Sides sides,
-                    int upsample, View prepared, int algorithm);
+                    int upsample, bool silu, View prepared, int algorithm);
 // dx? like x, dx2? like x2, dw? like w, dshift? (B, N): the sums of dy over positions.
 void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, View x2, View w, int stride, Sides sides,
                      int upsample, int algorithm);
@@ -24,16 +25,18 @@ void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, V
 int64_t conv2d_prepared_size(View w, int B, int height, int width, int stride, Sides sides, int upsample);
 void conv2d_prepare(View prepared, View w, int B, int height, int width, int stride, Sides sides, int upsample);
 
-// y (M, N) = x (M, K) w (K, N) + b? (N,) + residual? (M, N)
-void linear_forward(View y, View x, View w, View b, View residual);
+// y (M, N) = activation(x (M, K) w (K, N) + b? (N,) + residual? (M, N))
+// activation: "" (none), silu, gelu_exact, gelu_tanh, gelu_quick; or geglu, which halves: y (M, N / 2), no residual
+void linear_forward(View y, View x, View w, View b, View residual, const std::string& activation);
 // dx? (M, K), dw (K, N), db? (N,)
 void linear_backward(View dx, View dw, View db, View dy, View x, View w);
 
-// x, y (B, N, C); gain, offset (B, C) or (1, C); mean, rstd (B, C)
-void group_norm_forward(View y, View mean, View rstd, View x, View gain, View offset, int groups, double eps, bool silu);
-// dgain, doffset (B, C)
-void group_norm_backward(View dx, View dgain, View doffset, View dy, View x, View gain, View offset, View mean, View rstd,
-                         int groups, bool silu);
+// x (B, N, C1) [beside x2? (B, N, C2)], C = C1 + C2, y (B, N, C); gain, offset (B, C) or (1, C); mean, rstd (B, C)
+void group_norm_forward(View y, View mean, View rstd, View x, View x2, View gain, View offset, int groups, double eps,
+                        bool silu);
+// dx like x, dx2? like x2; dgain, doffset (B, C)
+void group_norm_backward(View dx, View dx2, View dgain, View doffset, View dy, View x, View x2, View gain, View offset,
+                         View mean, View rstd, int groups, bool silu);
 // x, y (rows, D); mean, rstd (rows,)
 void layer_norm_forward(View y, View mean, View rstd, View x, View gamma, View beta, double eps);
 void layer_norm_backward(View dx, View dgamma, View dbeta, View dy, View x, View gamma, View mean, View rstd);

@@ -75,12 +75,13 @@ def _rows(a: Array, width: int | None = None) -> Array:
 def conv2d_forward(
     x: Array, w: Array, b: Array | None, stride: int, sides: Any,
     x2: Array | None = None, shift: Array | None = None, residual: Array | None = None, upsample: int = 1,
+    silu: bool = False,
 ) -> Array:  # fmt: skip
     if w.shape[0] * w.shape[1] > MAX_TAPS:
-        return REFERENCE["conv2d_forward"](x, w, b, stride, sides, x2, shift, residual, upsample)
+        return REFERENCE["conv2d_forward"](x, w, b, stride, sides, x2, shift, residual, upsample, silu)
     H, W = (n * upsample + sum(s) - k for n, s, k in zip(x.shape[1:3], sides, w.shape[:2], strict=True))
     y = np.empty((x.shape[0], H // stride + 1, W // stride + 1, w.shape[3]), np.float32)
-    _cpu.conv2d_forward(y, x, x2, w, b, shift, residual, stride, sides, upsample, None, CHOOSE)
+    _cpu.conv2d_forward(y, x, x2, w, b, shift, residual, stride, sides, upsample, silu, None, CHOOSE)
     return y
 
 
@@ -100,10 +101,13 @@ def conv2d_backward(
 
 
 @_op
-def linear_forward(x: Array, w: Array, b: Array | None, residual: Array | None = None) -> Array:
-    y = np.empty((*x.shape[:-1], w.shape[1]), np.float32)
+def linear_forward(
+    x: Array, w: Array, b: Array | None, residual: Array | None = None, activation: str | None = None
+) -> Array:
+    width = w.shape[1] // 2 if activation == "geglu" else w.shape[1]
+    y = np.empty((*x.shape[:-1], width), np.float32)
     rows = None if residual is None else _rows(residual)
-    _cpu.linear_forward(y.reshape(-1, w.shape[1]), _rows(x), w, b, rows)
+    _cpu.linear_forward(y.reshape(-1, width), _rows(x, w.shape[0]), w, b, rows, activation or "")
     return y
 
 
@@ -117,19 +121,24 @@ def linear_backward(dy: Array, x: Array, w: Array, needs_dx: bool) -> Any:
 
 
 @_op
-def group_norm_forward(x: Array, gain: Array, offset: Array, groups: int, eps: float, silu: bool) -> Any:
-    y, stats = np.empty(x.shape, np.float32), np.empty((2, x.shape[0], x.shape[2]), np.float32)
-    _cpu.group_norm_forward(y, *stats, x, gain, offset, groups, eps, silu)
+def group_norm_forward(
+    x: Array, gain: Array, offset: Array, groups: int, eps: float, silu: bool, x2: Array | None = None
+) -> Any:
+    B, N, C = x.shape[0], x.shape[1], gain.shape[1]
+    y, stats = np.empty((B, N, C), np.float32), np.empty((2, B, C), np.float32)
+    _cpu.group_norm_forward(y, *stats, x, x2, gain, offset, groups, eps, silu)
     return y, stats[0], stats[1]
 
 
 @_op
 def group_norm_backward(
-    dy: Array, x: Array, gain: Array, offset: Array, mean: Array, rstd: Array, groups: int, silu: bool
-) -> Any:
-    dx, sums = np.empty(x.shape, np.float32), np.empty((2, x.shape[0], x.shape[2]), np.float32)
-    _cpu.group_norm_backward(dx, *sums, dy, x, gain, offset, mean, rstd, groups, silu)
-    return dx, sums[0], sums[1]
+    dy: Array, x: Array, gain: Array, offset: Array, mean: Array, rstd: Array, groups: int, silu: bool,
+    x2: Array | None = None,
+) -> Any:  # fmt: skip
+    dx, dx2 = np.empty_like(x), None if x2 is None else np.empty_like(x2)
+    sums = np.empty((2, *mean.shape), np.float32)
+    _cpu.group_norm_backward(dx, dx2, *sums, dy, x, x2, gain, offset, mean, rstd, groups, silu)
+    return dx, dx2, sums[0], sums[1]
 
 
 @_op

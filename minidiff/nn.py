@@ -120,9 +120,9 @@ class Linear(Module):
         self.weight = Parameter((d_in, d_out), init, hidden=True)
         self.bias = Parameter((d_out,), init) if bias else None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(..., D_in) -> (..., D_out), + residual if given."""
-        return ops.linear(x, self.weight, self.bias, residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """(..., D_in) -> (..., D_out), + residual if given, then the activation of `ops.linear`."""
+        return ops.linear(x, self.weight, self.bias, residual, activation)
 
 
 class Conv2d(Module):
@@ -137,7 +137,7 @@ class Conv2d(Module):
         self.stride, self.padding = stride, padding
 
     def forward(self, x: Tensor, **around: Any) -> Tensor:
-        """(B, H, W, C_in) -> (B, H_out, W_out, C_out); around: beside, shift, residual, upsample of `ops.conv2d`."""
+        """(B, H, W, C_in) -> (B, H_out, W_out, C_out); around: beside, shift, residual, upsample, silu of `ops.conv2d`."""
         return ops.conv2d(x, self.weight, self.bias, self.stride, self.padding, **around)
 
 
@@ -149,9 +149,9 @@ class GroupNorm(Module):
         self.bias = Parameter((channels,), "zeros")
         self.groups, self.eps, self.silu = groups, eps, silu
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """Same shape as x; scale and shift (B, C) or None, applied before the SiLU."""
-        return ops.group_norm(x, self.weight, self.bias, self.groups, self.eps, self.silu, scale, shift)
+    def forward(self, x: Tensor, **around: Tensor | None) -> Tensor:
+        """Same shape as x, or C with a second input; around: scale, shift, beside of `ops.group_norm`."""
+        return ops.group_norm(x, self.weight, self.bias, self.groups, self.eps, self.silu, **around)
 
 
 class LayerNorm(Module):

@@ -268,6 +268,72 @@ def line_plot(
     return figure
 
 
+def bars(
+    rows: Sequence[str],
+    values: Mapping[str, Sequence[float]],
+    xlabel: str,
+    ceiling: tuple[str, float] | None = None,
+    title: str | None = None,
+) -> Chart:
+    """Horizontal bars: for each row one bar a series of `values` (0: none), and a line at ceiling = (name, value)."""
+    n = len(values)
+    width, height = 8.0, 1.1 + 0.17 * len(rows) * (n + 0.8)
+    told = "; ".join(f"{name} {min(v):.3g} to {max(v):.3g}" for name, v in values.items())
+    figure = Chart(width, height, f"{title or xlabel}. {xlabel}: {told}", layout="constrained")
+    axes = figure.subplots()
+    _plain(axes, "x")
+    for i, (name, numbers) in enumerate(values.items()):
+        if len(numbers) != len(rows):
+            raise ValueError(f"{name!r} has {len(numbers)} values for {len(rows)} rows")
+        places = np.arange(len(rows)) + (i - (n - 1) / 2) * 0.8 / n
+        drawn = axes.barh(places, numbers, 0.8 / n * 0.9, label=name, color=COLOURS[i], hatch=("", "///", "...")[i % 3])
+        axes.bar_label(drawn, [f"{v:.3g}" if v else "" for v in numbers], padding=2, fontsize=TEXT - 2, color=INK)
+    if ceiling:
+        axes.axvline(ceiling[1], color=INK, lw=1, ls=STYLES[1], label=f"{ceiling[0]}, {ceiling[1]:.3g}")
+    axes.set_yticks(np.arange(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel(xlabel, fontsize=TEXT + 1, color=INK)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=TEXT, frameon=False)
+    if title:
+        axes.set_title(title, loc="left", fontsize=TITLE, color=INK, parse_math=False)
+    return figure
+
+
+def stacked_shares(
+    rows: Mapping[str, Mapping[str, float]], xlabel: str, title: str | None = None, number: str = "{:.0f}"
+) -> Chart:
+    """One horizontal bar a row, cut into the row's named parts; parts have one colour in all rows."""
+    names = list(dict.fromkeys(name for parts in rows.values() for name in parts))
+    told = "; ".join(f"{row}: " + ", ".join(f"{k} {number.format(v)}" for k, v in parts.items()) for row, parts in rows.items())
+    figure = Chart(8.0, 1.5 + 0.55 * len(rows), f"{title or xlabel}. {told}", layout="constrained")
+    axes = figure.subplots()
+    _plain(axes, "x")
+    for i, name in enumerate(names):
+        lefts = [sum(list(parts.get(k, 0.0) for k in names[:i])) for parts in rows.values()]
+        widths = [parts.get(name, 0.0) for parts in rows.values()]
+        colour = (*COLOURS, FAINT, GREY)[i % 9]
+        drawn = axes.barh(list(rows), widths, 0.6, left=lefts, label=name, color=colour, edgecolor="white", lw=0.8)
+        widest = max(sum(parts.values()) for parts in rows.values())
+        texts = [number.format(w) if w > 0.03 * widest else "" for w in widths]
+        axes.bar_label(drawn, texts, label_type="center", fontsize=TEXT - 1, color="white" if i < 5 else INK)
+    axes.invert_yaxis()
+    axes.set_xlabel(xlabel, fontsize=TEXT + 1, color=INK)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=TEXT, frameon=False)
+    if title:
+        axes.set_title(title, loc="left", fontsize=TITLE, color=INK, parse_math=False)
+    return figure
+
+
+def _plain(axes: Axes, grid: str) -> None:
+    """The project's axes: no box, grey lines, a faint grid behind."""
+    axes.set_facecolor("white")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(which="both", colors=GREY, labelcolor=INK, labelsize=TEXT)
+    axes.grid(True, axis=grid, color=FAINT, lw=0.6)
+    axes.set_axisbelow(True)
+
+
 def _mark(verdict: bool) -> str:
     return "✓" if verdict else "✗"
 
@@ -383,12 +449,7 @@ def _charts(alt_text: str, labels: Sequence[tuple[str, str]], title: str | None 
     figure = Chart(width, 3.8, alt_text, layout="constrained")
     panels = figure.subplots(1, len(labels), squeeze=False)[0]
     for axes, (xlabel, ylabel) in zip(panels, labels, strict=True):
-        axes.set_facecolor("white")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(GREY)
-        axes.tick_params(which="both", colors=GREY, labelcolor=INK, labelsize=TEXT)
-        axes.grid(True, axis="y", color=FAINT, lw=0.6)
-        axes.set_axisbelow(True)
+        _plain(axes, "y")
         axes.set_xlabel(xlabel, fontsize=TEXT + 1, color=INK)
         axes.set_ylabel(ylabel, fontsize=TEXT + 1, color=INK)
     if title:

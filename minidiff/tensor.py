@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -195,13 +195,18 @@ def as_array(x: Tensor | Array) -> Array:
     return x.data if isinstance(x, Tensor) else x
 
 
+def recording(inputs: Iterable[Tensor]) -> bool:
+    """Whether an op on these inputs will be remembered: if not, nothing that only its backward needs is kept."""
+    return _grad.enabled and any(x.requires_grad for x in inputs)
+
+
 def record(name: str, y: Array, inputs: tuple[Tensor, ...], backward: Backward) -> Tensor:
     """Wrap an op's result, and remember how to go back if any input requires a gradient.
 
     backward(dy) returns one gradient an input, in the same order; None where there is none to give.
     """
     out = Tensor(y)
-    if _grad.enabled and any(x.requires_grad for x in inputs):
+    if recording(inputs):
         out.requires_grad = True
         out.node = Node(name, inputs, backward)
     return out

@@ -56,8 +56,9 @@ def test_conv2d(x, w, stride, padding, rng):
 
 
 @pytest.mark.parametrize("stride, upsample", [(1, 1), (2, 1), (1, 2), (2, 3)])
-def test_what_stands_around_a_convolution(stride, upsample, rng):
-    """A second input beside the first, every pixel repeated, a shift for each image, a residual."""
+@pytest.mark.parametrize("silu", [False, True])
+def test_what_stands_around_a_convolution(stride, upsample, silu, rng):
+    """A second input beside the first, every pixel repeated, a shift for each image, a residual, SiLU of all that."""
     sides = ((1, 0), (1, 1))
     x, beside, w = (rng.standard_normal(s) for s in ((2, 3, 4, 3), (2, 3, 4, 2), (3, 3, 5, 4)))
     b, shift = rng.standard_normal(4), rng.standard_normal((2, 4))
@@ -65,15 +66,16 @@ def test_what_stands_around_a_convolution(stride, upsample, rng):
     def whole(x, beside):
         return np.concatenate([x, beside], axis=3).repeat(upsample, axis=1).repeat(upsample, axis=2)
 
+    def wanted(x, w, b, beside, shift, residual):
+        y = formula(whole(x, beside), w, b, stride, sides) + shift[:, None, None] + residual
+        return y / (1 + np.exp(-y)) if silu else y
+
     residual = rng.standard_normal(formula(whole(x, beside), w, b, stride, sides).shape)
     check_op(
         lambda x, w, b, beside, shift, residual: ops.conv2d(
-            x, w, b, stride, sides, beside=beside, shift=shift, residual=residual, upsample=upsample
+            x, w, b, stride, sides, beside=beside, shift=shift, residual=residual, upsample=upsample, silu=silu
         ),
-        lambda x, w, b, beside, shift, residual: (
-            formula(whole(x, beside), w, b, stride, sides) + shift[:, None, None] + residual
-        ),
-        x, w, b, beside, shift, residual,
+        wanted, x, w, b, beside, shift, residual,
     )  # fmt: skip
 
 
@@ -91,3 +93,16 @@ def test_what_does_not_fit_around_a_convolution(around, words):
     channels = 3 - ("beside" in around and around["beside"].shape[2] == 3)
     with pytest.raises(ValueError, match=words):
         ops.conv2d(np.zeros((1, 4, 4, channels)), np.zeros((3, 3, 3, 5)), None, 1, 1, **around)
+
+
+def test_one_by_one_of_two_inputs(rng):
+    """A shortcut over a skip: two matrix products."""
+    x, beside, w, b = (rng.standard_normal(s) for s in ((2, 3, 4, 3), (2, 3, 4, 2), (1, 1, 5, 4), (4,)))
+    for silu in (False, True):
+        check_op(
+            lambda x, w, b, beside, silu=silu: ops.conv2d(x, w, b, beside=beside, silu=silu),
+            lambda x, w, b, beside, silu=silu: (
+                (y := np.concatenate([x, beside], axis=3) @ w[0, 0] + b) / (1 + np.exp(-y) if silu else 1)
+            ),
+            x, w, b, beside,
+        )  # fmt: skip

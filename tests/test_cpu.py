@@ -88,15 +88,17 @@ def test_convolution(kind, case, algorithm, rng):
     x2 = x2 if C2 else None
     exact = REFERENCE["conv2d_forward"](*wide(x, w, b), stride, sides, *wide(x2, shift), None, up)
     (residual,) = draw(rng, exact.shape)
-    y = blank(exact.shape)
-    _cpu.conv2d_forward(y, x, x2, w, b, shift, residual, stride, sides, up, None, algorithm)
+    y, with_silu = blank(exact.shape), blank(exact.shape)
+    _cpu.conv2d_forward(y, x, x2, w, b, shift, residual, stride, sides, up, False, None, algorithm)
     close(y, exact + residual, "y")
+    _cpu.conv2d_forward(with_silu, x, x2, w, b, shift, residual, stride, sides, up, True, None, algorithm)
+    close(with_silu, (exact + residual) / (1 + np.exp(-(exact + residual))), "y")
     size = _cpu.conv2d_prepared_size(w, B, H, W, stride, sides, up) if algorithm < 0 and not C2 else 0
     if size:
         prepared = blank(size)
         _cpu.conv2d_prepare(prepared, w, B, H, W, stride, sides, up)
         again = blank(exact.shape)
-        _cpu.conv2d_forward(again, x, x2, w, b, shift, residual, stride, sides, up, prepared, algorithm)
+        _cpu.conv2d_forward(again, x, x2, w, b, shift, residual, stride, sides, up, False, prepared, algorithm)
         assert np.array_equal(again, y)
 
     (dy,) = draw(rng, exact.shape)
@@ -108,11 +110,14 @@ def test_convolution(kind, case, algorithm, rng):
             close(actual, reference, name)
 
 
-@pytest.mark.parametrize("M, K, N", [(1, 1, 1), (5, 7, 3), (300, 64, 130), (64, 1100, 70), (500, 2100, 40), (7, 0, 3)])
+SIZES = [(1, 1, 1), (5, 7, 3), (300, 64, 130), (64, 1100, 70), (500, 2100, 40), (7, 0, 3), (300, 0, 2)]
+
+
+@pytest.mark.parametrize("M, K, N", SIZES)
 def test_linear(kind, M, K, N, rng):
     x, w, b, residual, dy = draw(rng, (M, K), (K, N), (N,), (M, N), (M, N))
     y, dx, dw, db = map(blank, ((M, N), (M, K), (K, N), (N,)))
-    _cpu.linear_forward(y, x, w, b, residual)
+    _cpu.linear_forward(y, x, w, b, residual, "")
     _cpu.linear_backward(dx, dw, db, dy, x, w)
     X, W, B, R, DY = wide(x, w, b, residual, dy)
     for name, actual, reference in (
@@ -121,20 +126,36 @@ def test_linear(kind, M, K, N, rng):
         close(actual, reference, name)
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu_exact", "gelu_tanh", "gelu_quick", "geglu"])
+@pytest.mark.parametrize("M, K, N", [(M, K, N + N % 2) for M, K, N in SIZES])
+def test_linear_with_an_activation(kind, M, K, N, activation, rng):
+    x, w, b = draw(rng, (M, K), (K, N), (N,))
+    w /= np.float32(max(K, 1) ** 0.5)
+    y = blank((M, N // 2 if activation == "geglu" else N))
+    _cpu.linear_forward(y, x, w, b, None, activation)
+    close(y, REFERENCE["linear_forward"](*wide(x, w, b), None, activation), "y")
+
+
 @pytest.mark.parametrize("B, N, C, groups", [(1, 4096, 40, 8), (4, 700, 48, 8), (3, 1000, 70, 7), (2, 3, 2560, 32)])
 @pytest.mark.parametrize("silu", [False, True])
-def test_group_norm_across_chunks(kind, B, N, C, groups, silu, rng):
+@pytest.mark.parametrize("beside", [0, 21, 48])
+def test_group_norm_across_chunks(kind, B, N, C, groups, silu, beside, rng):
     x, gain, offset, dy = draw(rng, (B, N, C), (B, C), (B, C), (B, N, C))
     x += 3
-    y, mean, rstd, dx, dgain, doffset = map(blank, (x.shape, (B, C), (B, C), x.shape, (B, C), (B, C)))
-    _cpu.group_norm_forward(y, mean, rstd, x, gain, offset, groups, 1e-5, silu)
-    _cpu.group_norm_backward(dx, dgain, doffset, dy, x, gain, offset, mean, rstd, groups, silu)
-    exact = REFERENCE["group_norm_forward"](*wide(x, gain, offset), groups, 1e-5, silu)
-    back = REFERENCE["group_norm_backward"](*wide(dy, x, gain, offset), *exact[1:], groups, silu)
+    x, x2 = (np.ascontiguousarray(a) for a in np.split(x, [max(1, C - beside)], axis=2))
+    x2 = x2 if beside else None
+    dx, dx2 = blank(x.shape), None if x2 is None else blank(x2.shape)
+    y, mean, rstd, dgain, doffset = map(blank, (dy.shape, *[(B, C)] * 4))
+    _cpu.group_norm_forward(y, mean, rstd, x, x2, gain, offset, groups, 1e-5, silu)
+    _cpu.group_norm_backward(dx, dx2, dgain, doffset, dy, x, x2, gain, offset, mean, rstd, groups, silu)
+    x, x2, dy, gain, offset = wide(x, x2, dy, gain, offset)
+    exact = REFERENCE["group_norm_forward"](x, gain, offset, groups, 1e-5, silu, x2)
+    back = REFERENCE["group_norm_backward"](dy, x, gain, offset, *exact[1:], groups, silu, x2)
     for name, actual, reference in zip(("y", "mean", "rstd"), (y, mean, rstd), exact, strict=True):
         close(actual, reference, name)
-    for name, actual, reference in zip(("dx", "dgain", "doffset"), (dx, dgain, doffset), back, strict=True):
-        close(actual, reference, name)
+    for name, actual, reference in zip(("dx", "dx2", "dgain", "doffset"), (dx, dx2, dgain, doffset), back, strict=True):
+        if reference is not None:
+            close(actual, reference, name)
 
 
 @pytest.mark.parametrize(
@@ -276,8 +297,8 @@ def arguments():
     a, m, out = draw(rng, (4, 3), (3, 5), (4, 5))
     return {
         "conv2d_forward": {"y": y, "x": x, "x2": None, "w": w, "b": b, "shift": None, "residual": None, "stride": 1,
-                           "sides": SAME, "upsample": 1, "prepared": None, "algorithm": -1},
-        "linear_forward": {"y": out, "x": a, "w": m, "b": None, "residual": None},
+                           "sides": SAME, "upsample": 1, "silu": False, "prepared": None, "algorithm": -1},
+        "linear_forward": {"y": out, "x": a, "w": m, "b": None, "residual": None, "activation": ""},
     }  # fmt: skip
 
 

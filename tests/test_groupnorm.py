@@ -83,3 +83,28 @@ def test_scale_and_shift(silu, rng):
         ops.group_norm(x, gamma, beta, 2, scale=scale)
     with pytest.raises(ValueError, match=r"must be \(3, 6\)"):
         ops.group_norm(x, gamma, beta, 2, scale=scale[:1], shift=shift[:1])
+
+
+@pytest.mark.parametrize("C1, C2, groups", [(4, 2, 2), (3, 3, 3), (1, 5, 2), (40, 24, 4), (17, 16, 11)])
+@pytest.mark.parametrize("silu", [False, True])
+def test_a_second_input_beside_the_first(C1, C2, groups, silu, rng):
+    """Groups may straddle the two: the result is that of the inputs joined."""
+    x, x2 = rng.standard_normal((2, 3, 4, C1)) + 1, 2 * rng.standard_normal((2, 3, 4, C2))
+    gamma, beta = rng.standard_normal((2, C1 + C2))
+    check_op(
+        lambda x, gamma, beta, x2: ops.group_norm(x, gamma, beta, groups, silu=silu, beside=x2),
+        lambda x, gamma, beta, x2: formula(np.concatenate([x, x2], axis=-1), gamma, beta, groups, silu=silu),
+        x, gamma, beta, x2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="does not lie beside"):
+        ops.group_norm(x, gamma, beta, groups, beside=x2[:, :2])
+
+
+def test_a_second_input_with_scale_and_shift(rng):
+    x, x2, gamma, beta = (rng.standard_normal(s) for s in ((2, 3, 4), (2, 3, 2), (6,), (6,)))
+    scale, shift = rng.standard_normal((2, 2, 6))
+    check_op(
+        lambda x, g, b, s, h, x2: ops.group_norm(x, g, b, 2, scale=s, shift=h, beside=x2),
+        lambda x, g, b, s, h, x2: formula(np.concatenate([x, x2], axis=-1), g, b, 2) * (1 + s[:, None]) + h[:, None],
+        x, gamma, beta, scale, shift, x2,
+    )  # fmt: skip

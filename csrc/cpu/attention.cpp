@@ -24,13 +24,6 @@ static_assert(KEYS % PANEL == 0);
 INLINE int blocks(int K) { return (K + BLOCK - 1) / BLOCK; }
 INLINE float minus_infinity() { return -__builtin_inff(); }
 
-// Rows of one head, `step` floats apart, as [c/16][row][16], times `factor`.
-void pack_rows(const float* x, long step, int C, int rows, float factor, float* out, long channel) {
-  for (int r = 0; r < rows; r++)
-    for (int c = 0; c < C; c += BLOCK)
-      for (int v = 0; v < BLOCK; v += VL)
-        store(out + c / BLOCK * channel + r * BLOCK + v, factor * load_first(x + r * step + c + v, C - c - v));
-}
 // Rows of one head as panels over channels, [c/PANEL][row][width]; rows up to `padded` are zero.
 void pack_panels(const float* x, long step, int C, int rows, int padded, float* out, long panel) {
   for (int c = 0; c < C; c += PANEL) {

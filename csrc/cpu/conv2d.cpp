@@ -146,6 +146,12 @@ void direct_rows(const Conv& c, const Slab& s, const float* slab, const float* p
       }
     }
   }
+  if (c.silu)
+    for (long at = ((long)b0 * c.H + r0) * c.W; at < ((long)b0 * c.H + r1) * c.W; at++)
+      for (int v = n0; v < n0 + width; v += VL) {
+        vf y = load_first(c.y + at * c.N + v, c.N - v);
+        store_first(c.y + at * c.N + v, y * vsigmoid(y), c.N - v);
+      }
 }
 
 void direct(const Conv& c) {
@@ -437,7 +443,7 @@ void output_tiles(const Conv& c, const float* products, long position, int t0, i
               long o = at + ((long)i * c.W + j) * c.N + v;
               vf y = d[j] + added;
               if (c.residual) y += load_first(c.residual + o, n);
-              store_first(c.y + o, y, n);
+              store_first(c.y + o, c.silu ? y * vsigmoid(y) : y, n);
             }
       }
     }
@@ -618,9 +624,13 @@ void winograd(const Conv& c) {
 // A convolution of no channels: what is added to it is all there is.
 static void only_added(const Conv& c) {
   for (long p = 0; p < (long)c.B * c.H * c.W; p++)
-    for (int n = 0; n < c.N; n++)
-      c.y[p * c.N + n] = (c.bias ? c.bias[n] : 0) + (c.shift ? c.shift[p / ((long)c.H * c.W) * c.N + n] : 0) +
-                         (c.residual ? c.residual[p * c.N + n] : 0);
+    for (int n = 0; n < c.N; n += VL) {
+      vf y = {};
+      if (c.bias) y += load_first(c.bias + n, c.N - n);
+      if (c.shift) y += load_first(c.shift + p / ((long)c.H * c.W) * c.N + n, c.N - n);
+      if (c.residual) y += load_first(c.residual + p * c.N + n, c.N - n);
+      store_first(c.y + p * c.N + n, c.silu ? y * vsigmoid(y) : y, c.N - n);
+    }
 }
 
 void conv2d(const Conv& c) {

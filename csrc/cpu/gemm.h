@@ -1,4 +1,4 @@
-// The two micro-kernels that convolutions and linear layers are made of, and the packed layouts they read.
+// The two micro-kernels that convolutions, linear layers and attention are made of, and the packed layouts they read.
 //
 //   product          y[m][n] (+)= sum over k of a[m][k] * b[k][n]        ROWS x PANEL sums live in registers
 //
@@ -140,6 +140,18 @@ INLINE void outer_block(const float* a, long a_row, const float* b, long b_row, 
   for (int m = 0; m < BLOCK && m < rows; m += WROWS)
     (width == PANEL ? outer_product<2> : outer_product<1>)(a + m, a_row, b, b_row, R, Q, w + m * ldw, ldw, rows - m,
                                                            cols, add);
+}
+
+// `rows` rows of x (.., C), `step` floats apart, as a product reads them: [c/16][row][16], times `factor`; zero behind the
+// last channel.
+INLINE void pack_rows(const float* x, long step, int C, long rows, float factor, float* out, long channel) {
+  for (long r = 0; r < rows; r++, x += step, out += BLOCK) {
+    int c = 0;
+    for (; c + BLOCK <= C; c += BLOCK)
+      for (int v = 0; v < BLOCK; v += VL) store(out + c / BLOCK * channel + v, factor * load(x + c + v));
+    if (c < C)
+      for (int v = 0; v < BLOCK; v += VL) store(out + c / BLOCK * channel + v, factor * load_first(x + c + v, C - c - v));
+  }
 }
 
 // Transpose of VL vectors of VL floats, in log2(VL) rounds of two-source shuffles.

@@ -1,4 +1,5 @@
-// GroupNorm (+ SiLU): x (B, N, C), groups of C / groups channels, gain and offset (B, C) or (1, C).
+// GroupNorm (+ SiLU): x (B, N, C), groups of C / groups channels, gain and offset (B, C) or (1, C). The channels may come
+// from two inputs, a level's features and its skip: their concatenation is never made.
 //
 //   xhat = (x - mean) * rstd,   z = gain * xhat + offset,   y = z or silu(z)
 //
@@ -34,23 +35,27 @@ Cut cut(long N, int C) {
   return {(int)((N + rows - 1) / rows), N};
 }
 
-// Calls f(channel, vector of the first n channels there) with n = VL but at the end.
+using Input = GroupNorm::Input;
+
+// Calls f(input, its channel, channel of y, n) for vectors of n channels, n = VL but at an input's end.
 template <class F>
-INLINE void over_channels(int C, const F& f) {
-  int c = 0;
-  for (; c + VL <= C; c += VL) f(c, VL);
-  if (c < C) f(c, C - c);
+INLINE void over_channels(const GroupNorm& g, const F& f) {
+  for (const Input& in : g.inputs) {
+    int c = 0;
+    for (; c + VL <= in.C; c += VL) f(in, c, in.first + c, VL);
+    if (c < in.C) f(in, c, in.first + c, in.C - c);
+  }
 }
 
-// Sums over rows of f(row pointer offset, channel, n) into out (C,), eight rows of one vector column at a time.
+// Sums over rows of f(vector of x, channel of y, n) into out (C,), four rows of one vector column at a time.
 template <class F>
-INLINE void sum_rows(long r0, long r1, int C, float* out, const F& f) {
-  over_channels(C, [&](int c, int n) {
+INLINE void sum_rows(const GroupNorm& g, long r0, long r1, float* out, const F& f) {
+  over_channels(g, [&](const Input& in, int k, int c, int n) {
     vf s[4] = {};
     long r = r0;
     for (; r + 4 <= r1; r += 4)
-      UNROLL for (int i = 0; i < 4; i++) s[i] += f((r + i) * C + c, c, n);
-    for (; r < r1; r++) s[0] += f(r * C + c, c, n);
+      UNROLL for (int i = 0; i < 4; i++) s[i] += f(load_first(in.x + (r + i) * in.C + k, n), c, n);
+    for (; r < r1; r++) s[0] += f(load_first(in.x + r * in.C + k, n), c, n);
     store_first(out + c, (s[0] + s[1]) + (s[2] + s[3]), n);
   });
 }
@@ -69,13 +74,12 @@ void group_norm_forward(const GroupNorm& g) {
   Cut cuts = cut(N, C);
   float* stats = scratch((long)B * cuts.parts * 2 * C);
   auto chunk_stats = [&](int b, int part) {
-    long r0 = cuts.first(part), r1 = cuts.first(part + 1);
-    const float* x = g.x + b * N * C;
+    long r0 = b * N + cuts.first(part), r1 = b * N + cuts.first(part + 1);
     float *mean = stats + ((long)b * cuts.parts + part) * 2 * C, *m2 = mean + C;
-    sum_rows(r0, r1, C, mean, [&](long at, int, int n) { return load_first(x + at, n); });
+    sum_rows(g, r0, r1, mean, [](vf x, int, int) { return x; });
     for (int c = 0; c < C; c++) mean[c] /= (float)(r1 - r0);
-    sum_rows(r0, r1, C, m2, [&](long at, int c, int n) {
-      vf d = load_first(x + at, n) - load_first(mean + c, n);
+    sum_rows(g, r0, r1, m2, [&](vf x, int c, int n) {
+      vf d = x - load_first(mean + c, n);
       return d * d;
     });
   };
@@ -101,15 +105,12 @@ void group_norm_forward(const GroupNorm& g) {
   auto apply = [&](int b, int part) {
     const float *mean = g.mean + b * C, *rstd = g.rstd + b * C;
     const float *gain = g.gain + b * g.gain_step, *offset = g.offset + b * g.gain_step;
-    for (long r = cuts.first(part); r < cuts.first(part + 1); r++) {
-      const float* x = g.x + (b * N + r) * C;
-      float* y = g.y + (b * N + r) * C;
-      over_channels(C, [&](int c, int n) {
+    for (long r = b * N + cuts.first(part); r < b * N + cuts.first(part + 1); r++)
+      over_channels(g, [&](const Input& in, int k, int c, int n) {
         vf a = load_first(rstd + c, n) * load_first(gain + c, n);
-        vf z = (load_first(x + c, n) - load_first(mean + c, n)) * a + load_first(offset + c, n);
-        store_first(y + c, g.silu ? z * vsigmoid(z) : z, n);
+        vf z = (load_first(in.x + r * in.C + k, n) - load_first(mean + c, n)) * a + load_first(offset + c, n);
+        store_first(g.y + r * C + c, g.silu ? z * vsigmoid(z) : z, n);
       });
-    }
   };
   if (B >= num_threads()) {  // an image a task: its chunks are still in cache when they are read again
     parallel(B, [&](int b, int) {
@@ -138,19 +139,20 @@ void group_norm_backward(const GroupNorm& g) {
   struct Point {
     vf xhat, dz, gain;
   };
-  auto point = [&](int b, long at, int c, int n) {
+  auto point = [&](const Input& in, int k, int b, long r, int c, int n) {
     const float *gain = g.gain + b * g.gain_step, *offset = g.offset + b * g.gain_step;
-    vf xhat = (load_first(g.x + at, n) - load_first(g.mean + b * C + c, n)) * load_first(g.rstd + b * C + c, n);
-    vf dz = load_first(g.dy + at, n), a = load_first(gain + c, n);
+    vf x = load_first(in.x + r * in.C + k, n);
+    vf xhat = (x - load_first(g.mean + b * C + c, n)) * load_first(g.rstd + b * C + c, n);
+    vf dz = load_first(g.dy + r * C + c, n), a = load_first(gain + c, n);
     if (g.silu) dz *= silu_slope(xhat * a + load_first(offset + c, n));
     return Point{xhat, dz, a};
   };
   auto chunk_sums = [&](int b, int part) {
     float *of_dz = sums + ((long)b * cuts.parts + part) * 2 * C, *of_dz_xhat = of_dz + C;
-    over_channels(C, [&](int c, int n) {
+    over_channels(g, [&](const Input& in, int k, int c, int n) {
       vf s = {}, t = {};
-      for (long r = cuts.first(part); r < cuts.first(part + 1); r++) {
-        Point p = point(b, (b * N + r) * C + c, c, n);
+      for (long r = b * N + cuts.first(part); r < b * N + cuts.first(part + 1); r++) {
+        Point p = point(in, k, b, r, c, n);
         s += p.dz;
         t += p.dz * p.xhat;
       }
@@ -180,13 +182,12 @@ void group_norm_backward(const GroupNorm& g) {
   };
   auto apply = [&](int b, int part) {
     const float *m1 = means + (long)b * 2 * C, *m2 = m1 + C;
-    for (long r = cuts.first(part); r < cuts.first(part + 1); r++)
-      over_channels(C, [&](int c, int n) {
-        long at = (b * N + r) * C + c;
-        Point p = point(b, at, c, n);
+    for (long r = b * N + cuts.first(part); r < b * N + cuts.first(part + 1); r++)
+      over_channels(g, [&](const Input& in, int k, int c, int n) {
+        Point p = point(in, k, b, r, c, n);
         vf dx = (p.gain * p.dz - load_first(m1 + c, n) - p.xhat * load_first(m2 + c, n)) *
                 load_first(g.rstd + b * C + c, n);
-        store_first(g.dx + at, dx, n);
+        store_first(in.dx + r * in.C + k, dx, n);
       });
   };
   if (B >= num_threads()) {

@@ -26,16 +26,24 @@ struct Conv {
   int H = 0, W = 0, N = 0;  // of y
   float* y = nullptr;
   const float *bias = nullptr, *shift = nullptr, *residual = nullptr;  // (N,), (B, N), like y
+  bool silu = false;                                                   // of the sum
   const float* prepared = nullptr;                                     // weights transformed in advance
   int algorithm = CHOOSE;
 };
 
-// x, y, dx, dy (B, N, C); gain and offset (B, C), or (1, C) with gain_step = 0; mean, rstd, dgain, doffset (B, C)
+// One or two inputs x (B, N, their C), which lie beside each other in y and dy (B, N, C); gain and offset (B, C), or (1, C)
+// with gain_step = 0; mean, rstd, dgain, doffset (B, C)
 struct GroupNorm {
+  struct Input {
+    const float* x = nullptr;
+    float* dx = nullptr;
+    int first = 0, C = 0;  // its channels in y
+  };
+  Input inputs[2];
   int B = 0, C = 0, groups = 1;
   long N = 0;
-  const float *x = nullptr, *gain = nullptr, *offset = nullptr, *dy = nullptr;
-  float *mean = nullptr, *rstd = nullptr, *y = nullptr, *dx = nullptr, *dgain = nullptr, *doffset = nullptr;
+  const float *gain = nullptr, *offset = nullptr, *dy = nullptr;
+  float *mean = nullptr, *rstd = nullptr, *y = nullptr, *dgain = nullptr, *doffset = nullptr;
   long gain_step = 0;
   double eps = 0;
   bool silu = false;
@@ -52,7 +60,7 @@ struct Attention {
   float *y = nullptr, *lse = nullptr, *dq = nullptr, *dk = nullptr, *dv_out = nullptr;
 };
 
-enum Pointwise { SILU, GELU_EXACT, GELU_TANH, GELU_QUICK };
+enum Pointwise { NO_ACTIVATION = -1, SILU, GELU_EXACT, GELU_TANH, GELU_QUICK, GEGLU };
 
 // One parameter of an optimizer's step; all arrays have n elements.
 struct Update {
@@ -80,9 +88,9 @@ struct Kernels {
   // y (B, h, w, C): the sum over each square of factor x factor pixels of x (B, factor h, factor w, C)
   void (*pool_sum)(float* y, const float* x, int B, int h, int w, int C, int factor);
 
-  // y (M, N) = x (M, K) @ w (K, N) + bias (N,) + residual (M, N)
+  // y (M, N) = activation(x (M, K) @ w (K, N) + bias (N,) + residual (M, N)); with GEGLU y (M, N / 2), without residual
   void (*linear)(float* y, const float* x, const float* w, const float* bias, const float* residual, long M, int K, int N,
-                 bool transposed);  // transposed: w is stored (N, K)
+                 bool transposed, int activation);  // transposed: w is stored (N, K)
   void (*linear_weight_gradient)(float* dw, const float* x, const float* dy, long M, int K, int N);
   void (*column_sums)(float* out, const float* x, int groups, long rows, int N);  // (groups, rows, N) -> (groups, N)
 
@@ -116,7 +124,7 @@ struct Kernels {
   void (*normal)(float* out, const int64_t* samples, long count, long elements, uint64_t seed, uint32_t step,
                  uint32_t purpose);
 
-  double (*peak)(long repeats);  // multiply-adds of the micro-kernel on data in the first-level cache: operations done
+  double (*peak)(long repeats);  // multiply-adds in registers: operations done
 };
 
 extern const Kernels *const kernels_portable, *const kernels_avx2, *const kernels_avx512;

@@ -1,4 +1,4 @@
-// Linear layers: y = x W + bias + residual, its input gradient (the same with W transposed), and dW = x^T dy.
+// Linear layers: y = activation(x W + bias + residual), its input gradient (the same with W transposed), and dW = x^T dy.
 //
 //        W in panels [n/PANEL][k][PANEL]
 //        ┌────┬────┬────┐      many rows: W is packed once for all; a task is a block of rows, packed into its thread's
@@ -7,6 +7,10 @@
 //  │  │  ┌────┬────┬────┐
 //  └──┘  │    │    │    │ y    in passes over k of at most K_PASS, so that a panel's rows stay in cache
 //        └────┴────┴────┘
+//
+// An activation is applied to a block of y right after its products. GEGLU takes the panels of both halves of the outputs
+// together: its products never leave the cache.
+#include "activations.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "pool.h"
@@ -19,39 +23,58 @@ constexpr long ROWS_BYTES = 192 << 10;  // of packed x that a task works on
 
 INLINE int blocks(int K) { return (K + BLOCK - 1) / BLOCK; }
 
-// Rows r0..r1 of x (M, K) as [k/16][row][16], rows counted from `out`; zero behind the last channel.
-void pack_rows(const float* x, int K, long r0, long r1, float* out, long channel) {
-  for (long r = r0; r < r1; r++, out += BLOCK) {
-    const float* p = x + r * K;
-    int k = 0;
-    for (; k + BLOCK <= K; k += BLOCK)
-      for (int v = 0; v < BLOCK; v += VL) store(out + k / BLOCK * channel + v, load(p + k + v));
-    if (k < K)
-      for (int v = 0; v < BLOCK; v += VL) store(out + k / BLOCK * channel + v, load_first(p + k + v, K - k - v));
-  }
-}
-
 struct Problem {
-  float* y;
   const float *bias, *residual;
-  int K, N;
+  int K, N, activation;
+  float* y;
+  long row;  // floats from one row of y to the next
 };
 
-// `rows` packed rows from row r0 of y, times one panel, in passes over k.
-void rows_by_panel(const Problem& p, const float* a, long channel, long r0, int rows, const float* panel, int n0) {
-  int width = panel_width(p.N, n0);
+// `rows` packed rows from row r0 of y, times the panel of columns n0.. < N, in passes over k; bias from b0.
+void rows_by_panel(const Problem& p, const float* a, long channel, long r0, int rows, const float* panel, int n0, int N,
+                   int b0) {
+  int width = panel_width(N, n0);
   long offsets[K_PASS / BLOCK];
   float bias[PANEL];
   if (p.bias)
-    for (int v = 0; v < PANEL; v += VL) store(bias + v, load_first(p.bias + n0 + v, p.N - n0 - v));
-  long at = r0 * p.N + n0;
-  for (int k = 0; k < blocks(p.K); k += K_PASS / BLOCK) {
+    for (int v = 0; v < PANEL; v += VL) store(bias + v, load_first(p.bias + b0 + n0 + v, N - n0 - v));
+  long at = r0 * p.row + n0;
+  for (int k = 0; k == 0 || k < blocks(p.K); k += K_PASS / BLOCK) {  // one pass even with nothing to add up
     int count = least(K_PASS / BLOCK, blocks(p.K) - k);
     for (int i = 0; i < count; i++) offsets[i] = (k + i) * channel;
     multiply(a, rows, offsets, count, panel + (long)k * BLOCK * width, width,
-             Tile{p.y + at, 0, p.N, p.N - n0, k > 0, k == 0 && p.bias ? bias : nullptr,
+             Tile{p.y + at, 0, p.row, N - n0, k > 0, k == 0 && p.bias ? bias : nullptr,
                   k == 0 && p.residual ? p.residual + at : nullptr});
   }
+}
+
+template <int KIND>
+void activate(float* y, long row, int rows, int columns) {
+  for (int r = 0; r < rows; r++, y += row)
+    for (int v = 0; v < columns; v += VL) store_first(y + v, activated<KIND>(load_first(y + v, columns - v)), columns - v);
+}
+
+// What follows the products of a block, while it is in cache.
+void activate_block(const Problem& p, long r0, int rows, int n0) {
+  auto f = p.activation == SILU         ? activate<SILU>
+           : p.activation == GELU_EXACT ? activate<GELU_EXACT>
+           : p.activation == GELU_TANH  ? activate<GELU_TANH>
+                                        : activate<GELU_QUICK>;
+  f(p.y + r0 * p.row + n0, p.row, rows, least(panel_width(p.N, n0), p.N - n0));
+}
+
+// y = a gelu(g): the block of a comes from the panel n0 of the first half of the outputs, that of g from the second's.
+void geglu_block(const Problem& p, const float* packed, long channel, long r0, int rows, const float* of_a,
+                 const float* of_g, int n0, float* a, float* g) {
+  int half = p.N / 2;
+  Problem to{p.bias, nullptr, p.K, p.N, NO_ACTIVATION, a - n0, PANEL};
+  rows_by_panel(to, packed, channel, 0, rows, of_a, n0, half, 0);
+  to.y = g - n0;
+  rows_by_panel(to, packed, channel, 0, rows, of_g, n0, half, half);
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < least(PANEL, half - n0); v += VL)
+      store_first(p.y + (r0 + r) * p.row + n0 + v, load(a + r * PANEL + v) * activated<GELU_EXACT>(load(g + r * PANEL + v)),
+                  half - n0 - v);
 }
 
 void pack_panel(const Weights& w, int n0, float* out) {
@@ -62,42 +85,50 @@ void pack_panel(const Weights& w, int n0, float* out) {
 }  // namespace
 
 void linear(float* y, const float* x, const float* w, const float* bias, const float* residual, long M, int K, int N,
-            bool transposed) {
-  if (M * N == 0) return;
-  Weights weights{w, K, N, transposed ? K : N, transposed};
-  Problem p{y, bias, residual, K, N};
-  int kb = blocks(K), np = panels(N), T = num_threads();
-  long panel = (long)kb * BLOCK * PANEL;
-  if (K == 0) {  // nothing to add up: one empty pass sets y to bias + residual
-    for (long r = 0; r < M; r++)
-      for (int n = 0; n < N; n++) y[r * N + n] = (bias ? bias[n] : 0) + (residual ? residual[r * N + n] : 0);
-    return;
-  }
+            bool transposed, int activation) {
+  bool halves = activation == GEGLU;
+  int columns = halves ? N / 2 : N;
+  if (M * columns == 0) return;
+  Weights weights{w, K, columns, transposed ? K : N, transposed};
+  Weights second{w + columns, K, columns, N, false};  // of GEGLU
+  Problem p{bias, residual, K, N, activation, y, columns};
+  int kb = blocks(K), np = panels(columns), T = num_threads();
+  long panel = (long)kb * BLOCK * PANEL, of_panel = panel * (halves ? 2 : 1);
+  auto pack = [&](int n, float* out) {
+    pack_panel(weights, n * PANEL, out);
+    if (halves) pack_panel(second, n * PANEL, out + panel);
+  };
+  auto block = [&](const float* packed, long channel, long r0, int rows, const float* panels, int n, float* products) {
+    if (halves)
+      return geglu_block(p, packed, channel, r0, rows, panels, panels + panel, n * PANEL, products, products + rows * PANEL);
+    rows_by_panel(p, packed, channel, r0, rows, panels, n * PANEL, N, 0);
+    if (activation != NO_ACTIVATION) activate_block(p, r0, rows, n * PANEL);
+  };
   if (M <= FEW_ROWS) {
-    long channel = M * BLOCK + BLOCK;
-    float* packed = scratch(kb * channel + T * panel);
+    long channel = M * BLOCK + BLOCK, products = halves ? 2 * M * PANEL : 0;
+    float* packed = scratch(kb * channel + T * (of_panel + products));
     float* lanes = packed + kb * channel;
-    pack_rows(x, K, 0, M, packed, channel);
+    pack_rows(x, K, K, M, 1, packed, channel);
     parallel(np, [&](int n, int lane) {
-      float* mine = lanes + lane * panel;
-      pack_panel(weights, n * PANEL, mine);
-      rows_by_panel(p, packed, channel, 0, M, mine, n * PANEL);
+      float* mine = lanes + lane * (of_panel + products);
+      pack(n, mine);
+      block(packed, channel, 0, M, mine, n, mine + of_panel);
     });
     return;
   }
-  long per_task = most(ROWS, least(16 * ROWS, ROWS_BYTES / (4L * kb * BLOCK)) / ROWS * ROWS);
+  long per_task = most(ROWS, least(16 * ROWS, ROWS_BYTES / (4L * most(1, kb) * BLOCK)) / ROWS * ROWS);
   long tasks = (M + per_task - 1) / per_task;
   if (tasks < 4 * T) tasks = least(4 * T, (M + ROWS - 1) / ROWS);
   per_task = (M + tasks - 1) / tasks;
-  long channel = per_task * BLOCK + BLOCK;
-  float* packed = scratch(np * panel + T * kb * channel);
-  float* lanes = packed + np * panel;
-  parallel(np, [&](int n, int) { pack_panel(weights, n * PANEL, packed + n * panel); });
+  long channel = per_task * BLOCK + BLOCK, products = halves ? 2 * per_task * PANEL : 0;
+  float* packed = scratch(np * of_panel + T * (kb * channel + products));
+  float* lanes = packed + np * of_panel;
+  parallel(np, [&](int n, int) { pack(n, packed + n * of_panel); });
   parallel(tasks, [&](int task, int lane) {
     long r0 = M * task / tasks, r1 = M * (task + 1) / tasks;
-    float* mine = lanes + lane * kb * channel;
-    pack_rows(x, K, r0, r1, mine, channel);
-    for (int n = 0; n < np; n++) rows_by_panel(p, mine, channel, r0, r1 - r0, packed + n * panel, n * PANEL);
+    float* mine = lanes + lane * (kb * channel + products);
+    pack_rows(x + r0 * K, K, K, r1 - r0, 1, mine, channel);
+    for (int n = 0; n < np; n++) block(mine, channel, r0, r1 - r0, packed + n * of_panel, n, mine + kb * channel);
   });
 }
 
@@ -119,7 +150,7 @@ void linear_weight_gradient(float* dw, const float* x, const float* dy, long M, 
     int fills = least(n_rows, 4 * T);
     parallel(fills, [&](int task, int) {
       long q0 = n_rows * task / fills, q1 = n_rows * (task + 1) / fills;
-      pack_rows(x + r0 * K, K, q0, q1, a + q0 * BLOCK, channel);
+      pack_rows(x + (r0 + q0) * K, K, K, q1 - q0, 1, a + q0 * BLOCK, channel);
       for (long r = q0; r < q1; r++)
         for (int n = 0; n < N; n += VL)
           store(d + n / PANEL * panel + r * PANEL + n % PANEL, load_first(dy + (r0 + r) * N + n, N - n));

@@ -17,11 +17,8 @@ void square_product(float* y, const float* a, const float* b, int n, int ld, flo
   long channel = (long)n * BLOCK + BLOCK;
   float* panel = packed + kb * channel;
   long offsets[MAX_CHANNELS / BLOCK];
-  for (int k = 0; k < kb; k++) {
-    offsets[k] = k * channel;
-    for (int r = 0; r < n; r++)  // rows of y beyond n are zero, so whole blocks may be read
-      for (int v = 0; v < BLOCK; v += VL) store(packed + k * channel + r * BLOCK + v, load(a + (long)r * ld + k * BLOCK + v));
-  }
+  for (int k = 0; k < kb; k++) offsets[k] = k * channel;
+  pack_rows(a, ld, n, n, 1, packed, channel);
   Weights w{b, n, n, ld, false};
   for (int n0 = 0; n0 < n; n0 += PANEL) {
     int width = panel_width(n, n0);

@@ -57,8 +57,16 @@ Conv with_inputs(const Check& check, const View& x, const View& x2, const View& 
   return c;
 }
 
+// A 1x1 convolution is a linear layer; with two inputs it is two.
 bool is_linear(const Conv& c) {
-  return c.kh == 1 && c.kw == 1 && c.stride == 1 && c.up == 1 && !c.x2 && c.C2 == 0 && !c.shift && c.H == c.h && c.W == c.w;
+  return c.kh == 1 && c.kw == 1 && c.stride == 1 && c.up == 1 && !c.shift && c.H == c.h && c.W == c.w;
+}
+
+int kind_of(const Check& check, const std::string& kind, const char* argument) {
+  const char* names[] = {"silu", "gelu_exact", "gelu_tanh", "gelu_quick"};
+  for (int i = 0; i < 4; i++)
+    if (kind == names[i]) return i;
+  check.fail(argument, "must be silu, gelu_exact, gelu_tanh or gelu_quick, got " + kind);
 }
 
 }  // namespace
@@ -67,19 +75,21 @@ void use_kernels(const Kernels* k) { in_use = k; }
 const Kernels* kernels_in_use() { return in_use; }
 
 void conv2d_forward(View y, View x, View x2, View w, View b, View shift, View residual, int stride, Sides sides,
-                    int upsample, View prepared, int algorithm) {
+                    int upsample, bool silu, View prepared, int algorithm) {
   Check check{"conv2d_forward"};
   Conv c = with_inputs(check, x, x2, w, stride, sides, upsample);
   c.y = check.out(y, "y", {c.B, c.H, c.W, c.N});
   c.bias = check.maybe(b, "b", {c.N});
   c.shift = check.maybe(shift, "shift", {c.B, c.N});
   c.residual = check.maybe(residual, "residual", {c.B, c.H, c.W, c.N});
+  c.silu = silu;
   c.algorithm = algorithm;
   if (prepared) c.prepared = check.in(prepared, "prepared", {in_use->prepared_size(c)});
-  if (is_linear(c))
-    in_use->linear(c.y, c.x, c.weights, c.bias, c.residual, (long)c.B * c.H * c.W, c.C1, c.N, false);
-  else
-    in_use->conv2d(c);
+  if (!is_linear(c)) return in_use->conv2d(c);
+  long rows = (long)c.B * c.H * c.W;
+  int activation = silu ? SILU : NO_ACTIVATION;
+  in_use->linear(c.y, c.x, c.weights, c.bias, c.residual, rows, c.C1, c.N, false, c.x2 ? NO_ACTIVATION : activation);
+  if (c.x2) in_use->linear(c.y, c.x2, c.weights + (long)c.C1 * c.N, nullptr, c.y, rows, c.C2, c.N, false, activation);
 }
 
 void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, View x2, View w, int stride, Sides sides,
@@ -92,10 +102,12 @@ void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, V
   if (dshift) in_use->column_sums(check.out(dshift, "dshift", {c.B, c.N}), g, c.B, positions, c.N);
   if (dw) {
     float* out = check.out(dw, "dw", w.shape);
-    if (is_linear(c))
+    if (is_linear(c)) {
       in_use->linear_weight_gradient(out, c.x, g, c.B * positions, c.C1, c.N);
-    else
+      if (c.x2) in_use->linear_weight_gradient(out + (long)c.C1 * c.N, c.x2, g, c.B * positions, c.C2, c.N);
+    } else {
       in_use->conv2d_weight_gradient(c, g, out);
+    }
   }
   // dx is the convolution of dy, its pixels `stride` apart, with the kernel turned round; then each square of an
   // upsampled image is summed.
@@ -105,7 +117,9 @@ void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, V
     if (*target) {
       float* out = check.out(*target, target == &dx ? "dx" : "dx2", {c.B, c.h, c.w, channels});
       if (is_linear(c)) {
-        in_use->linear(out, g, c.weights, nullptr, nullptr, c.B * positions, c.N, c.C1, true);
+        const float* w = c.weights + (long)first * c.N;
+        in_use->linear(out, g, w, nullptr, nullptr, c.B * positions, c.N, channels, true, NO_ACTIVATION);
+        first += channels;
         continue;
       }
       Conv d;
@@ -134,52 +148,59 @@ void conv2d_prepare(View prepared, View w, int B, int height, int width, int str
   in_use->prepare(c, check.out(prepared, "prepared", {in_use->prepared_size(c)}));
 }
 
-void linear_forward(View y, View x, View w, View b, View residual) {
+void linear_forward(View y, View x, View w, View b, View residual, const std::string& activation) {
   Check check{"linear_forward"};
   check.array(x, "x", {ANY, ANY});
   int64_t M = x.shape[0], K = x.shape[1];
   check.array(w, "w", {K, ANY});
   int64_t N = w.shape[1];
-  in_use->linear(check.out(y, "y", {M, N}), (const float*)x.data, (const float*)w.data, check.maybe(b, "b", {N}),
-                 check.maybe(residual, "residual", {M, N}), M, K, N, false);
+  int kind = activation == "" ? NO_ACTIVATION : activation == "geglu" ? GEGLU : kind_of(check, activation, "activation");
+  check.that(kind != GEGLU || (N % 2 == 0 && !residual), "activation", "geglu needs an even number of outputs, and no residual");
+  in_use->linear(check.out(y, "y", {M, kind == GEGLU ? N / 2 : N}), (const float*)x.data, (const float*)w.data,
+                 check.maybe(b, "b", {N}), check.maybe(residual, "residual", {M, N}), M, K, N, false, kind);
 }
 void linear_backward(View dx, View dw, View db, View dy, View x, View w) {
   Check check{"linear_backward"};
   check.array(w, "w", {ANY, ANY});
   int64_t K = w.shape[0], N = w.shape[1], M = rows_of(x);
   const float *in = check.in(x, "x", {M, K}), *g = check.in(dy, "dy", {M, N});
-  if (dx) in_use->linear(check.out(dx, "dx", {M, K}), g, (const float*)w.data, nullptr, nullptr, M, N, K, true);
+  if (dx) in_use->linear(check.out(dx, "dx", {M, K}), g, (const float*)w.data, nullptr, nullptr, M, N, K, true, NO_ACTIVATION);
   in_use->linear_weight_gradient(check.out(dw, "dw", {K, N}), in, g, M, K, N);
   if (db) in_use->column_sums(check.out(db, "db", {N}), g, 1, M, N);
 }
 
-static GroupNorm group_norm(const Check& check, const View& x, const View& gain, const View& offset, int groups) {
+static GroupNorm group_norm(const Check& check, const View& x, const View& x2, const View& gain, const View& offset,
+                            int groups) {
   check.array(x, "x", {ANY, ANY, ANY});
   GroupNorm g;
-  g.B = x.shape[0], g.N = x.shape[1], g.C = x.shape[2], g.groups = groups;
+  g.B = x.shape[0], g.N = x.shape[1], g.groups = groups;
+  g.inputs[0].x = (const float*)x.data, g.inputs[0].C = g.inputs[1].first = x.shape[2];
+  if (x2) g.inputs[1].x = check.in(x2, "x2", {g.B, g.N, ANY}), g.inputs[1].C = x2.shape[2];
+  g.C = g.inputs[0].C + g.inputs[1].C;
   check.that(groups >= 1 && g.C % groups == 0, "groups", "must divide the channels");
-  g.x = (const float*)x.data;
   int64_t many = rows_of(gain) == 1 ? 1 : g.B;
   g.gain = check.in(gain, "gain", {many, g.C});
   g.offset = check.in(offset, "offset", {many, g.C});
   g.gain_step = many == 1 ? 0 : g.C;
   return g;
 }
-void group_norm_forward(View y, View mean, View rstd, View x, View gain, View offset, int groups, double eps, bool silu) {
+void group_norm_forward(View y, View mean, View rstd, View x, View x2, View gain, View offset, int groups, double eps,
+                        bool silu) {
   Check check{"group_norm_forward"};
-  GroupNorm g = group_norm(check, x, gain, offset, groups);
-  g.y = check.out(y, "y", x.shape);
+  GroupNorm g = group_norm(check, x, x2, gain, offset, groups);
+  g.y = check.out(y, "y", {g.B, g.N, g.C});
   g.mean = check.out(mean, "mean", {g.B, g.C});
   g.rstd = check.out(rstd, "rstd", {g.B, g.C});
   g.eps = eps, g.silu = silu;
   in_use->group_norm_forward(g);
 }
-void group_norm_backward(View dx, View dgain, View doffset, View dy, View x, View gain, View offset, View mean, View rstd,
-                         int groups, bool silu) {
+void group_norm_backward(View dx, View dx2, View dgain, View doffset, View dy, View x, View x2, View gain, View offset,
+                         View mean, View rstd, int groups, bool silu) {
   Check check{"group_norm_backward"};
-  GroupNorm g = group_norm(check, x, gain, offset, groups);
-  g.dy = check.in(dy, "dy", x.shape);
-  g.dx = check.out(dx, "dx", x.shape);
+  GroupNorm g = group_norm(check, x, x2, gain, offset, groups);
+  g.dy = check.in(dy, "dy", {g.B, g.N, g.C});
+  g.inputs[0].dx = check.out(dx, "dx", x.shape);
+  if (x2) g.inputs[1].dx = check.out(dx2, "dx2", x2.shape);
   g.mean = (float*)check.in(mean, "mean", {g.B, g.C});
   g.rstd = (float*)check.in(rstd, "rstd", {g.B, g.C});
   g.dgain = check.out(dgain, "dgain", {g.B, g.C});
@@ -248,22 +269,17 @@ void attention_backward(View dq, View dk, View dv, View dy, View y, View lse, Vi
   in_use->attention_backward(a);
 }
 
-static int kind_of(const Check& check, const std::string& kind) {
-  const char* names[] = {"silu", "gelu_exact", "gelu_tanh", "gelu_quick"};
-  for (int i = 0; i < 4; i++)
-    if (kind == names[i]) return i;
-  check.fail("kind", "must be silu, gelu_exact, gelu_tanh or gelu_quick, got " + kind);
-}
 void pointwise_forward(View y, View x, const std::string& kind) {
   Check check{"pointwise_forward"};
   int64_t n = rows_of(x);
-  in_use->pointwise_forward(check.out(y, "y", {n}), check.in(x, "x", {n}), n, kind_of(check, kind));
+  in_use->pointwise_forward(check.out(y, "y", {n}), check.in(x, "x", {n}), n,
+                            kind_of(check, kind, "kind"));
 }
 void pointwise_backward(View dx, View dy, View x, const std::string& kind) {
   Check check{"pointwise_backward"};
   int64_t n = rows_of(x);
   in_use->pointwise_backward(check.out(dx, "dx", {n}), check.in(dy, "dy", {n}), check.in(x, "x", {n}), n,
-                             kind_of(check, kind));
+                             kind_of(check, kind, "kind"));
 }
 void geglu_forward(View y, View x) {
   Check check{"geglu_forward"};

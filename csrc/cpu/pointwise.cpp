@@ -1,6 +1,7 @@
 // What is computed number by number: SiLU, the GELUs, GEGLU, sums and squared distances; and the optimizer's step.
 //
 // All of it is bound by memory: one read of each input, one write of each output, in pieces that the threads share.
+#include "activations.h"
 #include "kernels.h"
 #include "pool.h"
 #include "simd.h"
@@ -16,41 +17,6 @@ void pieces(long n, const F& f) {
     long end = (task + 1) * PIECE < n ? (task + 1) * PIECE : n;
     for (long i = task * PIECE; i < end; i += VL) f(i, least(VL, end - i));
   });
-}
-
-// The normal distribution function, by erfc(z) = t exp(-z^2 + polynomial of t), t = 1 / (1 + z / 2), z >= 0, a Chebyshev
-// fit with a relative error below 1.2e-7: Press et al., Numerical Recipes, section 6.2.
-INLINE vf normal_cdf(vf x) {
-  vf z = (x < 0 ? -x : x) * 0.70710678f;
-  vf t = 1.0f / (1.0f + 0.5f * z);
-  vf p = all(0.17087277f);
-  p = p * t - 0.82215223f;
-  p = p * t + 1.48851587f;
-  p = p * t - 1.13520398f;
-  p = p * t + 0.27886807f;
-  p = p * t - 0.18628806f;
-  p = p * t + 0.09678418f;
-  p = p * t + 0.37409196f;
-  p = p * t + 1.00002368f;
-  p = p * t - 1.26551223f;
-  vf half_erfc = 0.5f * t * vexp(p - z * z);
-  return x < 0 ? half_erfc : 1.0f - half_erfc;
-}
-
-// Phi(x), by which a GELU multiplies x, and its derivative.
-template <int KIND>
-INLINE void gate(vf x, vf& phi, vf& slope) {
-  if constexpr (KIND == GELU_EXACT) {
-    phi = normal_cdf(x);
-    slope = 0.39894228f * vexp(-0.5f * x * x);
-  } else if constexpr (KIND == GELU_TANH) {  // (1 + tanh u) / 2 = sigmoid(2 u)
-    phi = vsigmoid(1.59576912f * (x + 0.044715f * x * x * x));
-    slope = phi * (1.0f - phi) * 1.59576912f * (1.0f + 0.134145f * x * x);
-  } else {
-    constexpr float k = KIND == GELU_QUICK ? 1.702f : 1.0f;
-    phi = vsigmoid(k * x);
-    slope = k * phi * (1.0f - phi);
-  }
 }
 
 template <int KIND>

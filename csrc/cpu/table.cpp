@@ -1,7 +1,7 @@
 // The kernels of one instruction set, gathered.
 #include "kernels.h"
 #include "pool.h"
-#include "gemm.h"
+#include "simd.h"
 
 namespace minidiff {
 namespace MINIDIFF_ISA {
@@ -11,7 +11,7 @@ void conv2d_weight_gradient(const Conv&, const float* dy, float* dw);
 long prepared_size(const Conv&);
 void prepare(const Conv&, float*);
 void pool_sum(float* y, const float* x, int B, int h, int w, int C, int factor);
-void linear(float*, const float*, const float*, const float*, const float*, long, int, int, bool);
+void linear(float*, const float*, const float*, const float*, const float*, long, int, int, bool, int);
 void linear_weight_gradient(float*, const float*, const float*, long, int, int);
 void column_sums(float*, const float*, int, long, int);
 void group_norm_forward(const GroupNorm&);
@@ -37,18 +37,21 @@ void orthogonalise(const Orthogonal*, int);
 
 void normal(float*, const int64_t*, long, long, uint64_t, uint32_t, uint32_t);
 
-// The micro-kernel on data in the first-level cache, in every thread: floating-point operations done.
+// Multiply-adds in registers alone, in every thread: floating-point operations done. Twelve chains hide their latency.
 static double peak(long repeats) {
-  constexpr int K = 8;
+  constexpr int CHAINS = 12;
   int T = num_threads();
   parallel(T, [&](int, int) {
-    alignas(64) static thread_local float a[K * ROWS * BLOCK], b[K * BLOCK * PANEL], y[ROWS * PANEL];
-    long offsets[K];
-    for (int i = 0; i < K; i++) offsets[i] = i * ROWS * BLOCK;
+    vf sums[CHAINS], factor = all(0.999f), term = all(0.001f);
+    UNROLL for (int i = 0; i < CHAINS; i++) sums[i] = all((float)i);
     for (long i = 0; i < repeats; i++)
-      product<1, ROWS, 2>(a, 0, offsets, K, b, Tile{y, 0, PANEL, PANEL, false, nullptr, nullptr});
+      UNROLL for (int j = 0; j < CHAINS; j++) sums[j] = sums[j] * factor + term;
+    [[maybe_unused]] static thread_local volatile float kept;
+    vf total = {};
+    UNROLL for (int i = 0; i < CHAINS; i++) total += sums[i];
+    kept = sum(total);
   });
-  return 2.0 * T * repeats * ROWS * PANEL * K * BLOCK;
+  return 2.0 * T * repeats * CHAINS * VL;
 }
 
 static const Kernels table = {

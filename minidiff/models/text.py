@@ -59,7 +59,7 @@ class MLP(Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D), + residual."""
-        return self.fc2(ops.gelu(self.fc1(x), "quick"), residual)
+        return self.fc2(self.fc1(x, activation="gelu_quick"), residual)
 
 
 class EncoderLayer(Module):

@@ -88,7 +88,8 @@ class TimeEmbedding(Module):
         """t (B,), counted from 1 -> (B, 4 * channels[0])."""
         waves = ops.timestep_embedding(t - 1, self.base, self.sin_first, self.shift)
         weight = self.linear_1.weight.data
-        return self.linear_2(ops.silu(self.linear_1(Tensor(array_module(weight).asarray(waves, dtype=weight.dtype)))))
+        x = Tensor(array_module(weight).asarray(waves, dtype=weight.dtype))
+        return self.linear_2(self.linear_1(x, activation="silu"))
 
 
 class ResBlock(Module):
@@ -104,16 +105,19 @@ class ResBlock(Module):
         self.conv2 = Conv2d(c_out, c_out, zero=True)
         self.conv_shortcut = Conv2d(c_in, c_out, kernel=1, padding=0) if c_in != c_out else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x (B, H, W, C_in), emb = silu(timestep vector) (B, D) -> (B, H, W, C_out)."""
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x (B, H, W, C_in), emb = silu(timestep vector) (B, D) -> (B, H, W, C_out).
+
+        skip: the last of the C_in channels, beside x's.
+        """
         time = self.time_emb_proj(emb)
-        h = self.norm1(x)
+        h = self.norm1(x, beside=skip)
         if self.scale_shift:
             C = time.shape[-1] // 2
             h = self.norm2(self.conv1(h), scale=time[:, :C], shift=time[:, C:])
         else:
             h = self.norm2(self.conv1(h, shift=time))
-        return self.conv2(h, residual=x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return self.conv2(h, residual=x if self.conv_shortcut is None else self.conv_shortcut(x, beside=skip))
 
 
 class Attention(Module):
@@ -159,7 +163,7 @@ class GEGLU(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C_in) -> (..., C_out)."""
-        return ops.geglu(self.proj(x))
+        return self.proj(x, activation="geglu")
 
 
 class FeedForward(Module):
@@ -301,7 +305,7 @@ class UpBlock(Module):
     ) -> Tensor:
         """x at this level's size; takes its skips off the end of the list -> at twice the size unless it is the top."""
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = run(resnet, ops.concat([x, skips.pop()]), emb)
+            x = run(resnet, x, emb, skips.pop())
             if attention is not None:
                 x = run(attention, x, tokens, mask)
         for upsample in self.upsamplers:

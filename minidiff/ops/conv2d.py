@@ -9,8 +9,10 @@ position lies a window of kh * kw * C_in inputs; laid out as rows (im2col) they 
 from __future__ import annotations
 
 from minidiff.backend import Array, array_module, kernel
+from minidiff.ops.silu import silu as silu_op
+from minidiff.ops.silu import silu_forward
 from minidiff.ops.upsample import upsample_nearest_backward, upsample_nearest_forward
-from minidiff.tensor import Tensor, as_tensor, record
+from minidiff.tensor import Tensor, as_tensor, record, recording
 
 Padding = int | tuple[tuple[int, int], tuple[int, int]]  # the same on all sides, or ((top, bottom), (left, right))
 Sides = tuple[tuple[int, int], tuple[int, int]]
@@ -49,10 +51,12 @@ def _seen(x: Array, x2: Array | None, upsample: int) -> Array:
 def conv2d_forward(
     x: Array, w: Array, b: Array | None, stride: int, sides: Sides,
     x2: Array | None = None, shift: Array | None = None, residual: Array | None = None, upsample: int = 1,
+    silu: bool = False,
 ) -> Array:  # fmt: skip
     """x (B, H, W, C_in), w (kh, kw, C_in, C_out), b (C_out,) or None -> y (B, H_out, W_out, C_out).
 
     x2: more input channels beside x's. shift (B, C_out) and residual, like y, are added. upsample: times in H and W.
+    silu: of the sum.
     """
     kh, kw, C_in, C_out = w.shape
     columns = im2col(pad_image(_seen(x, x2, upsample), sides), kh, kw, stride)
@@ -64,7 +68,7 @@ def conv2d_forward(
         y += shift[:, None, None]
     if residual is not None:
         y += residual
-    return y
+    return silu_forward.reference(y) if silu else y
 
 
 @kernel
@@ -104,6 +108,7 @@ def conv2d(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     upsample: int = 1,
+    silu: bool = False,
 ) -> Tensor:
     """Convolution of images (B, H, W, C_in) with weight (kh, kw, C_in, C_out) -> (B, H_out, W_out, C_out).
 
@@ -114,6 +119,7 @@ def conv2d(
     beside: a second input (B, H, W, C_2); the weight has C_in + C_2 input channels. The same as conv2d(concat(...)).
     upsample: every pixel is first repeated so many times in height and width.
     shift: (B, C_out) and residual (B, H_out, W_out, C_out) are added to the result.
+    silu: applied to all that; an op of its own where a gradient is wanted, which needs the numbers before it.
 
     Raises ValueError on shapes that do not fit.
     """
@@ -150,9 +156,10 @@ def conv2d(
     }
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     arrays = {name: None if tensor is None else tensor.data for name, tensor in given.items()}
-    y = conv2d_forward(
-        x.data, weight.data, arrays["bias"], stride, sides, arrays["x2"], arrays["shift"], arrays["residual"], upsample
-    )
+    inputs = tuple(tensors.values())
+    fused = silu and not recording(inputs)
+    around = arrays["x2"], arrays["shift"], arrays["residual"], upsample
+    y = conv2d_forward(x.data, weight.data, arrays["bias"], stride, sides, *around, fused)
 
     def backward(dy: Array) -> list[Array]:
         needs_dx = x.requires_grad or (beside is not None and beside.requires_grad)
@@ -163,4 +170,5 @@ def conv2d(
         grads["bias"] = dshift.sum(axis=0) if bias is not None else None
         return [grads[name] for name in tensors]
 
-    return record("conv2d", y, tuple(tensors.values()), backward)
+    out = record("conv2d", y, inputs, backward)
+    return silu_op(out) if silu and not fused else out

@@ -25,11 +25,19 @@ def _group_mean(sums: Array, groups: int, positions: int) -> Array:
     return means.repeat(C // groups, axis=1).reshape(B, 1, C).astype(sums.dtype, copy=False)
 
 
+def _beside(x: Array, x2: Array | None) -> Array:
+    return x if x2 is None else array_module(x).concatenate([x, x2], axis=2)
+
+
 @kernel
 def group_norm_forward(
-    x: Array, gain: Array, offset: Array, groups: int, eps: float, silu: bool
+    x: Array, gain: Array, offset: Array, groups: int, eps: float, silu: bool, x2: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """x (B, N, C), gain and offset (B or 1, C) -> y (B, N, C), and for the backward mean and rstd (B, C)."""
+    """x (B, N, C), gain and offset (B or 1, C) -> y (B, N, C), and for the backward mean and rstd (B, C).
+
+    x2: more channels beside x's, which count among the C.
+    """
+    x = _beside(x, x2)
     x_, N = wide(x), x.shape[1]
     mean = _group_mean(x_.sum(axis=1, keepdims=True), groups, N)
     centred = x_ - mean
@@ -42,12 +50,14 @@ def group_norm_forward(
 
 @kernel
 def group_norm_backward(
-    dy: Array, x: Array, gain: Array, offset: Array, mean: Array, rstd: Array, groups: int, silu: bool
-) -> tuple[Array, Array, Array]:
+    dy: Array, x: Array, gain: Array, offset: Array, mean: Array, rstd: Array, groups: int, silu: bool,
+    x2: Array | None = None,
+) -> tuple[Array, Array | None, Array, Array]:  # fmt: skip
     """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = gain * dz, the means over each image's group.
 
     dgain = sum(dz * xhat) and doffset = sum(dz) over positions, (B, C); dz = dy, or dy through the SiLU.
     """
+    C1, x = x.shape[2], _beside(x, x2)
     N, rstd = x.shape[1], rstd[:, None]
     xhat = (wide(x) - mean[:, None]) * rstd
     gain = gain[:, None]
@@ -56,7 +66,8 @@ def group_norm_backward(
     dgain = (dz * xhat).sum(axis=1, keepdims=True)
     dx = dz * gain - _group_mean(doffset * gain, groups, N) - xhat * _group_mean(dgain * gain, groups, N)
     dx *= rstd
-    return dx.astype(x.dtype, copy=False), dgain[:, 0], doffset[:, 0]
+    dx = dx.astype(x.dtype, copy=False)
+    return dx[..., :C1], None if x2 is None else dx[..., C1:], dgain[:, 0], doffset[:, 0]
 
 
 def group_norm(
@@ -68,13 +79,20 @@ def group_norm(
     silu: bool = False,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    beside: Tensor | None = None,
 ) -> Tensor:
     """Normalise x (B, ..., C) in groups of channels over all positions; gamma and beta (C,); then SiLU if asked.
 
     scale and shift: both (B, C) or both None; between the two, z <- z (1 + scale) + shift.
+    beside: a second input (B, ..., C_2), whose channels count among the C: the same as group_norm(concat(...)).
     """
     x, gamma, beta = as_tensor(x), as_tensor(gamma), as_tensor(beta)
     C = x.shape[-1]
+    if beside is not None:
+        beside = as_tensor(beside)
+        if beside.shape[:-1] != x.shape[:-1]:
+            raise ValueError(f"group_norm: {beside.shape} does not lie beside x {x.shape}")
+        C += beside.shape[-1]
     if x.ndim < 2 or C % groups:
         raise ValueError(f"group_norm: the {C} channels of x {x.shape} do not split into {groups} groups")
     if gamma.shape != (C,) or beta.shape != (C,):
@@ -90,17 +108,23 @@ def group_norm(
         inputs += [scale, shift]
         one = 1 + wide(scale.data)
         gain, offset = gain * one, offset * one + wide(shift.data)
-    flat = x.data.reshape(x.shape[0], math.prod(x.shape[1:-1]), C)
-    y, mean, rstd = group_norm_forward(flat, gain, offset, groups, eps, silu)
+    B, N = x.shape[0], math.prod(x.shape[1:-1])
+    flat, flat2 = (None if a is None else a.data.reshape(B, N, a.shape[-1]) for a in (x, beside))
+    y, mean, rstd = group_norm_forward(flat, gain, offset, groups, eps, silu, flat2)
 
     def backward(dy: Array) -> list[Array]:
-        dx, dgain, doffset = group_norm_backward(dy.reshape(flat.shape), flat, gain, offset, mean, rstd, groups, silu)
+        dy = dy.reshape(B, N, C)
+        dx, dx2, dgain, doffset = group_norm_backward(dy, flat, gain, offset, mean, rstd, groups, silu, flat2)
         grads = [dx.reshape(x.shape)]
         if scale is None:
             grads += [dgain.sum(axis=0), doffset.sum(axis=0)]
         else:
             grads += [(dgain * one).sum(axis=0), (doffset * one).sum(axis=0)]
             grads += [dgain * wide(gamma.data) + doffset * wide(beta.data), doffset]
+        if beside is not None:
+            grads.append(dx2.reshape(beside.shape))
         return [g.astype(t.dtype, copy=False) for g, t in zip(grads, inputs, strict=True)]
 
-    return record("group_norm_silu" if silu else "group_norm", y.reshape(x.shape), tuple(inputs), backward)
+    if beside is not None:
+        inputs.append(beside)
+    return record("group_norm_silu" if silu else "group_norm", y.reshape(*x.shape[:-1], C), tuple(inputs), backward)

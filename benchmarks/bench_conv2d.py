@@ -1,0 +1,137 @@
+"""Convolution: GFLOP/s (counted as the direct algorithm) by shape, against PyTorch and NumPy.
+
+    python benchmarks/bench_conv2d.py [SHAPE ...]     (PyTorch's columns need torch: pip install -e '.[compare]')
+
+The first twelve shapes are 3x3 convolutions of U-Nets; the others are what stands beside them: one by one, stride 2, few
+channels, and a kernel too small for Winograd. A share above 1 is Winograd's: fewer multiplications than were counted.
+`--direct` measures what the direct algorithm alone reaches, as a share of the multiply-add ceiling.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+from common import Bench, ceilings, results_path, run_op, summary, timed, write_json
+
+from minidiff import no_grad, ops
+from minidiff.tensor import Tensor
+
+SHAPES = [
+    (32, 32, 32, 64, 64), (32, 16, 16, 128, 128), (32, 8, 8, 128, 128), (32, 8, 8, 256, 128),
+    (16, 32, 32, 128, 128), (16, 16, 16, 256, 256), (16, 8, 8, 256, 256), (16, 4, 4, 512, 256),
+    (1, 64, 64, 320, 320), (2, 32, 32, 640, 640), (2, 16, 16, 1280, 1280), (2, 8, 8, 1280, 1280),
+]  # fmt: skip
+OTHERS = [
+    (32, 32, 32, 192, 64, 1, 1), (2, 32, 32, 1280, 640, 1, 1), (32, 32, 32, 64, 64, 3, 2), (2, 32, 32, 640, 640, 3, 2),
+    (32, 32, 32, 3, 64, 3, 1), (32, 32, 32, 64, 3, 3, 1), (32, 8, 8, 48, 48, 3, 1),
+]  # fmt: skip
+KERNEL = {3: "3x3", 1: "1x1"}
+
+
+def label(B: int, H: int, W: int, C: int, N: int, k: int = 3, stride: int = 1) -> str:
+    """For instance "32x 32x32, 64 -> 64"."""
+    special = (f", {KERNEL[k]}" if k != 3 else "") + (f", stride {stride}" if stride > 1 else "")
+    return f"{B}x {H}x{W}, {C} -> {N}{special}"
+
+
+CASES = {label(*shape): (*shape, 3, 1)[:7] for shape in SHAPES} | {label(*shape): shape for shape in OTHERS}
+
+
+def work(case: Any, what: str) -> tuple[float, float]:
+    """Operations of the direct algorithm, and bytes if every array is moved once."""
+    B, H, W, C, N, k, s = case
+    x, w, y = B * H * W * C, k * k * C * N, B * (H // s) * (W // s) * N
+    flops = 2.0 * y * k * k * C
+    return (flops, 4.0 * (x + w + y)) if what == "forward" else (3 * flops, 4.0 * (3 * x + 3 * w + 3 * y))
+
+
+def arrays(case: Any, rng: np.random.Generator) -> list[np.ndarray]:
+    """x, w, b, dy."""
+    B, H, W, C, N, k, s = case
+    w = rng.standard_normal((k, k, C, N)) / (k * C**0.5)
+    return [rng.standard_normal((B, H, W, C)), w, rng.standard_normal(N), rng.standard_normal((B, H // s, W // s, N))]
+
+
+def ours(case: Any, given: list[np.ndarray]) -> Any:
+    """On Tensors, tape and all."""
+    k, s = case[5:]
+    x, w, b = (Tensor(a, requires_grad=True) for a in given[:3])
+
+    def forward() -> Any:
+        with no_grad():
+            return [ops.conv2d(x, w, b, s, k // 2).data]
+
+    def both() -> Any:
+        for p in (x, w, b):
+            p.grad = None
+        y = ops.conv2d(x, w, b, s, k // 2)
+        y.backward(given[3])
+        return [y.data, x.grad, w.grad, b.grad]
+
+    return {"forward": forward, "forward + backward": both}
+
+
+def torchs(case: Any, given: list[Any], way: str) -> Any:
+    """Inference mode for the forward."""
+    import torch
+
+    k, s = case[5:]
+    memory = torch.channels_last if way == "channels last" else torch.contiguous_format
+    x, dy = (given[i].permute(0, 3, 1, 2).contiguous(memory_format=memory) for i in (0, 3))
+    w = given[1].permute(3, 2, 0, 1).contiguous(memory_format=memory)
+    leaves = [t.requires_grad_() for t in (x, w, given[2])]
+
+    def conv(x: Any, w: Any, b: Any) -> Any:
+        return torch.nn.functional.conv2d(x, w, b, s, k // 2)
+
+    called = torch.compile(conv) if way == "compiled" else conv
+
+    def forward() -> Any:
+        with torch.inference_mode():
+            return [called(*leaves)]
+
+    def both() -> Any:
+        y = called(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    return {"forward": forward, "forward + backward": both}
+
+
+def to_numpy(case: Any, results: list[Any]) -> list[np.ndarray]:
+    """y, dx, dw, db in our layout."""
+    orders = [(0, 2, 3, 1), (0, 2, 3, 1), (2, 3, 1, 0), (0,)]
+    return [r.detach().permute(order).numpy() for r, order in zip(results, orders, strict=False)]
+
+
+def direct(samples: int = 9) -> None:
+    """The direct algorithm's share of the ceiling on the twelve shapes."""
+    from minidiff import _cpu
+
+    top, rows = ceilings(), {}
+    for shape in SHAPES:
+        case = CASES[label(*shape)]
+        x, w, _, dy = (a.astype(np.float32) for a in arrays(case, np.random.default_rng(0)))
+        y, sides = np.empty_like(dy), ((1, 1), (1, 1))
+
+        def call(x: Any = x, w: Any = w, y: Any = y, sides: Any = sides) -> None:
+            _cpu.conv2d_forward(y, x, None, w, None, None, None, 1, sides, 1, None, 0)
+
+        call()
+        seconds = summary([timed(call) for _ in range(samples)])
+        rows[label(*shape)] = {"seconds": seconds, "share": work(case, "forward")[0] / seconds["median"] / top["multiply-adds"]}
+        print(f"{label(*shape):30} {rows[label(*shape)]['share']:.2f}", flush=True)
+    write_json("conv2d_direct", {"command": "bench_conv2d.py --direct", "ceilings": top, "cases": rows})
+    lines = ["| shape | direct forward, share of the multiply-add ceiling |", "| --- | --- |"]
+    lines += [f"| {name} | {row['share']:.2f} |" for name, row in rows.items()]
+    results_path("conv2d_direct", "md").write_text("\n".join(lines) + "\n")
+    print(json.dumps(top))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--direct"]:
+        direct()
+    else:
+        run_op(Bench("conv2d", "GFLOP/s", CASES, work, arrays, ours, torchs, to_numpy))
