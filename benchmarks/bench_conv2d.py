@@ -117,7 +117,7 @@ def direct(samples: int = 9) -> None:
         y, sides = np.empty_like(dy), ((1, 1), (1, 1))
 
         def call(x: Any = x, w: Any = w, y: Any = y, sides: Any = sides) -> None:
-            _cpu.conv2d_forward(y, x, None, w, None, None, None, 1, sides, 1, None, 0)
+            _cpu.conv2d_forward(y, x, None, w, None, None, None, 1, sides, 1, False, None, 0)
 
         call()
         seconds = summary([timed(call) for _ in range(samples)])

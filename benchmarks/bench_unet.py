@@ -1,31 +1,33 @@
-"""Whole U-Nets against the same networks of diffusers on PyTorch: forward, training step, memory, errors.
+"""Whole U-Nets against the same networks of diffusers on PyTorch: forward, training step, sampling, memory, errors.
 
     python benchmarks/bench_unet.py [NAME ...] --samples 9    (needs torch and diffusers: pip install -e '.[compare]')
 
 Both sides have the same weights and inputs, and a process of their own that waits while the other is asked. First the
 outputs and all gradients of a small batch are compared with PyTorch's in float64; then the times are taken in turns.
-PyTorch runs eagerly in both of its layouts (inference mode for the forward, fused AdamW for the step), and compiled
-with --compile; the best counts. Writes results/unet-DEVICE.json and .md.
+PyTorch runs eagerly in both of its layouts (inference mode for forward and sampling, fused AdamW for the step), and
+through torch.compile; the fastest counts. Writes results/unet-DEVICE.json, .md and .png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import results_path, write_json
+from common import (
+    PYTORCH, THREADS, Worker, best_rival, in_turns, relative_errors, results_path, serve, spread, timed, write_json,
+)  # fmt: skip
 
-THREADS = int(os.environ.get("MINIDIFF_NUM_THREADS", os.cpu_count() or 1))
+from minidiff import plotting
+
+PASSES = ("forward", "step")
+STEPS, GUIDANCE = 50, 1.5  # of sampling
 NETWORKS: dict[str, dict[str, Any]] = {
     "conditional 10 M": {
         "batch": 32, "tokens": (16, 128), "model": "UNet2DConditionModel",
@@ -45,7 +47,28 @@ NETWORKS: dict[str, dict[str, Any]] = {
             flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, attention_head_dim=None,
         ),
     },
+    "Stable Diffusion 1.5 860 M": {
+        "batch": 1, "tokens": (77, 768), "model": "UNet2DConditionModel", "passes": ("forward",),
+        "config": dict(
+            sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, cross_attention_dim=768, attention_head_dim=8,
+        ),
+    },
+    "the demo's": {  # 64 pictures, each with and without its caption
+        "batch": 128, "tokens": (12, 64), "model": "UNet2DConditionModel", "passes": ("sampling",),
+        "config": dict(
+            sample_size=8, in_channels=48, out_channels=48, block_out_channels=(48, 64), layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8,
+        ),
+    },
 }  # fmt: skip
+
+
+def passes(name: str) -> tuple[str, ...]:
+    """What is timed of a network."""
+    return NETWORKS[name].get("passes", PASSES)
 
 
 def inputs(name: str, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
@@ -57,11 +80,12 @@ def inputs(name: str, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | 
     return x, rng.integers(0, 1000, batch), tokens, target
 
 
-# ---- the two sides: each returns its commands
+# ---- the two sides: each returns its commands, functions of a batch size
 
 
-def ours(name: str, folder: Path) -> dict[str, Callable[[], Any]]:
-    from minidiff import no_grad, ops
+def ours(name: str, folder: Path) -> dict[str, Callable[[int], Any]]:
+    """On minidiff's Tensors and kernels."""
+    from minidiff import no_grad, ops, samplers, schedule
     from minidiff.models import UNet, UNetConfig
     from minidiff.optim import AdamW
 
@@ -69,9 +93,10 @@ def ours(name: str, folder: Path) -> dict[str, Callable[[], Any]]:
         k: tuple(v) if isinstance(v, list) else v for k, v in json.loads((folder / "config.json").read_text()).items()
     }
     model = UNet(UNetConfig(**config), seed=None)
-    model.load(dict(np.load(folder / "weights.npz")))
+    with np.load(folder / "weights.npz") as weights:
+        model.load(dict(weights))
     parameters = dict(model.named_parameters())
-    optimizer = AdamW(parameters)
+    optimizer = AdamW(parameters) if "step" in passes(name) else None
 
     def backward(batch: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         x, t, tokens, target = inputs(name, batch)
@@ -82,22 +107,30 @@ def ours(name: str, folder: Path) -> dict[str, Callable[[], Any]]:
             p.grad = None
         return y.data, grads
 
-    def check() -> None:
-        y, grads = backward(2)
-        np.savez(folder / "ours.npz", output=y, **grads)
-
-    def forward() -> None:
-        x, t, tokens, _ = inputs(name, NETWORKS[name]["batch"])
+    def forward(batch: int) -> np.ndarray:
+        x, t, tokens, _ = inputs(name, batch)
         with no_grad():
-            model(x, t + 1, None if tokens is None else (tokens, None))
+            return model(x, t + 1, None if tokens is None else (tokens, None)).data
 
-    def step() -> None:
-        optimizer.step(1e-6, backward(NETWORKS[name]["batch"])[1])
+    def step(batch: int) -> None:
+        assert optimizer
+        optimizer.step(1e-6, backward(batch)[1])
 
-    return {"check": check, "forward": forward, "step": step}
+    def sampling(batch: int) -> np.ndarray:
+        x, _, tokens, _ = inputs(name, batch)
+        n, levels = batch // 2, samplers.spaced_timesteps(1000, STEPS)
+        conds = (tokens[:n], None), (tokens[n:], None)
+        return list(samplers.ddim(model, x[:n], *conds, GUIDANCE, levels, schedule.linear(1000)))[-1].x_prev
+
+    def check(batch: int) -> None:
+        output, grads = backward(batch) if "step" in passes(name) else ({"sampling": sampling}.get(passes(name)[0], forward)(batch), {})
+        np.savez(folder / "ours.npz", output=output, **grads)
+
+    return {"check": check, "forward": forward, "step": step, "sampling": sampling}
 
 
-def torchs(name: str, folder: Path, layout: str) -> dict[str, Callable[[], Any]]:
+def torchs(name: str, folder: Path, way: str) -> dict[str, Callable[[int], Any]]:
+    """diffusers' model. way: contiguous, channels last, compiled; or exact, which writes weights and float64 results."""
     import diffusers
     import torch
 
@@ -106,89 +139,68 @@ def torchs(name: str, folder: Path, layout: str) -> dict[str, Callable[[], Any]]
 
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    network = NETWORKS[name]
-    model = getattr(diffusers, network["model"])(**network["config"])
+    memory = torch.channels_last if way == "channels last" else torch.contiguous_format
+    model = getattr(diffusers, NETWORKS[name]["model"])(**NETWORKS[name]["config"]).to(memory_format=memory)
+    called = torch.compile(model) if way == "compiled" else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
-    def save_weights() -> None:
-        np.savez(folder / "weights.npz", **our_state({k: v.numpy() for k, v in model.state_dict().items()}))
-        (folder / "config.json").write_text(json.dumps(vars(unet_config(model.config))))
-
-    def backward(net: Any, batch: int, dtype: Any) -> Any:
+    def given(batch: int, dtype: Any = torch.float32) -> Any:
         x, t, tokens, target = inputs(name, batch)
-        x, target = (torch.tensor(a, dtype=dtype).permute(0, 3, 1, 2) for a in (x, target))
-        if layout == "channels last":
-            x, target = (a.contiguous(memory_format=torch.channels_last) for a in (x, target))
-        else:
-            x, target = x.contiguous(), target.contiguous()
-        more = () if tokens is None else (torch.tensor(tokens, dtype=dtype),)
-        y = net(x, torch.tensor(t), *more).sample
+        x, target = (torch.tensor(a, dtype=dtype).permute(0, 3, 1, 2).contiguous(memory_format=memory) for a in (x, target))
+        return x, torch.tensor(t), () if tokens is None else (torch.tensor(tokens, dtype=dtype),), target
+
+    def backward(batch: int, dtype: Any = torch.float32) -> Any:
+        x, t, tokens, target = given(batch, dtype)
+        y = called(x, t, *tokens).sample
         torch.nn.functional.mse_loss(y, target).backward()
         return y
 
-    def check() -> None:
-        for precision, dtype in (("float32", torch.float32), ("float64", torch.float64)):
-            model.to(dtype)
-            y = backward(model, 2, dtype)
-            grads = our_state({k: p.grad.numpy() for k, p in model.named_parameters()})
-            np.savez(folder / f"{precision}.npz", output=y.detach().permute(0, 2, 3, 1).numpy(), **grads)
-            model.zero_grad()
-        model.to(torch.float32)
-
-    if layout == "channels last":
-        model = model.to(memory_format=torch.channels_last)
-    called = torch.compile(model) if layout == "compiled" else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-
-    def forward() -> None:
-        x, t, tokens, _ = inputs(name, network["batch"])
-        x = torch.tensor(x).permute(0, 3, 1, 2)
-        x = x.contiguous(memory_format=torch.channels_last) if layout == "channels last" else x.contiguous()
+    def forward(batch: int, dtype: Any = torch.float32) -> Any:
+        x, t, tokens, _ = given(batch, dtype)
         with torch.inference_mode():
-            called(x, torch.tensor(t), *(() if tokens is None else (torch.tensor(tokens),)))
+            return called(x, t, *tokens).sample
 
-    def step() -> None:
-        backward(called, network["batch"], torch.float32)
+    def step(batch: int) -> None:
+        backward(batch)
         optimizer.step()
         optimizer.zero_grad()
 
-    return {"save_weights": save_weights, "check": check, "forward": forward, "step": step}
+    def sampling(batch: int, dtype: Any = torch.float32) -> Any:
+        scheduler = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False, timestep_spacing="trailing")
+        scheduler.set_timesteps(STEPS)
+        x, _, (tokens,), _ = given(batch, dtype)
+        x = x[: batch // 2]
+        with torch.inference_mode():
+            for t in scheduler.timesteps:
+                cond, uncond = called(torch.cat([x, x]), t, tokens).sample.chunk(2)
+                x = scheduler.step(uncond + GUIDANCE * (cond - uncond), t, x).prev_sample
+        return x
 
+    def check(batch: int) -> None:
+        np.savez(folder / "weights.npz", **our_state({k: v.numpy() for k, v in model.state_dict().items()}))
+        (folder / "config.json").write_text(json.dumps(vars(unet_config(model.config))))
+        for precision, dtype in (("float32", torch.float32), ("float64", torch.float64)):
+            model.to(dtype)
+            run = {"step": backward, "sampling": sampling}.get(passes(name)[-1], forward)
+            y = run(batch, dtype).detach().permute(0, 2, 3, 1).numpy()
+            grads = {k: p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None}
+            np.savez(folder / f"{precision}.npz", output=y, **our_state(grads))
+            model.zero_grad()
 
-def serve(side: str, name: str, folder: Path) -> None:
-    """Run commands from stdin, one a line; answer with the seconds each took."""
-    commands = ours(name, folder) if side == "ours" else torchs(name, folder, side)
-    for line in sys.stdin:
-        command = line.strip()
-        if command == "memory":
-            answer: float = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        else:
-            started = time.perf_counter()
-            commands[command]()
-            answer = time.perf_counter() - started
-        print(f"answer {answer}", flush=True)
+    return {"check": check, "forward": forward, "step": step, "sampling": sampling}
 
 
 class Side:
-    """A worker process."""
+    """A worker's state: one network."""
 
-    def __init__(self, side: str, name: str, folder: Path):
-        command = [sys.executable, __file__, "--serve", side, name, str(folder)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, side: str, name: str, folder: str):
+        self.commands = ours(name, Path(folder)) if side == "ours" else torchs(name, Path(folder), side)
 
-    def ask(self, command: str) -> float:
-        """The seconds that a command took (or what it measures)."""
-        time.sleep(0.05)  # the other side's threads stop spinning
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("answer "):
-                return float(line.split()[1])
-        raise RuntimeError(f"the worker ended while it was asked for {command!r}")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+    def __call__(self, command: str, batch: int = 0) -> float:
+        """Seconds of a command; or the most memory that the process ever had, in bytes."""
+        if command == "memory":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return timed(lambda: self.commands[command](batch))
 
 
 def errors(folder: Path) -> dict[str, float]:
@@ -199,82 +211,99 @@ def errors(folder: Path) -> dict[str, float]:
         got = dict(np.load(folder / file))
         if got.keys() != exact.keys():
             raise RuntimeError(f"gradients differ in name: {sorted(got.keys() ^ exact.keys())[:4]}")
-        scale = max(np.sqrt((exact[k] ** 2).mean()) for k in exact if k != "output")
-        error = {
-            k: float(np.sqrt(((got[k] - exact[k]) ** 2).mean()) / max(np.sqrt((exact[k] ** 2).mean()), 1e-4 * scale))
-            for k in exact
-        }
-        result[f"{side}, output"] = error.pop("output")
-        result[f"{side}, worst gradient"] = max(error.values())
-        result[f"{side}, median gradient"] = float(np.median(list(error.values())))
+        result[f"{side}, output"] = relative_errors([got.pop("output")], [exact["output"]])
+        scale = max((np.sqrt((exact[k] ** 2).mean()) for k in got), default=0.0)
+        error = [
+            float(np.sqrt(((g - exact[k]) ** 2).mean()) / max(np.sqrt((exact[k] ** 2).mean()), 1e-4 * scale))
+            for k, g in got.items()
+        ]
+        if error:
+            result[f"{side}, worst gradient"] = max(error)
+            result[f"{side}, median gradient"] = float(np.median(error))
     return result
 
 
 def measure(name: str, samples: int, compiled: bool) -> dict[str, Any]:
     """Compare, then time in turns."""
+    batch = NETWORKS[name]["batch"]
     with tempfile.TemporaryDirectory() as tmp:
-        folder = Path(tmp)
-        rivals = ["contiguous", "channels last"] + ["compiled"] * compiled
-        sides = {side: Side(side, name, folder) for side in rivals}
+        workers: dict[str, Worker] = {}
         try:
-            sides["contiguous"].ask("save_weights")
-            sides["contiguous"].ask("check")
-            sides["ours"] = Side("ours", name, folder)
-            sides["ours"].ask("check")
-            record: dict[str, Any] = {"errors": errors(folder), "threads": THREADS}
-            for what in ("forward", "step"):
-                seconds: dict[str, list[float]] = {side: [] for side in sides}
-                for side in sides.values():
-                    side.ask(what)
-                for _ in range(samples):
-                    for side_name, side in sides.items():
-                        seconds[side_name].append(side.ask(what))
-                record[what] = {side: summary(s) for side, s in seconds.items()}
-                best = min(rivals, key=lambda side: record[what][side]["median"])
-                record[what]["ratio"] = record[what][best]["median"] / record[what]["ours"]["median"]
-                record[what]["best rival"] = best
-            record["peak bytes"] = {side: s.ask("memory") for side, s in sides.items()}
+            workers["exact"] = Worker("exact", name, tmp)
+            workers["exact"].ask(command="check", batch=min(batch, 2))
+            workers.pop("exact").close()
+            workers["ours"] = Worker("ours", name, tmp)
+            workers["ours"].ask(command="check", batch=min(batch, 2))
+            record: dict[str, Any] = {"errors": errors(Path(tmp)), "threads": THREADS}
+            workers |= {way: Worker(way, name, tmp) for way in PYTORCH if compiled or way != "compiled"}
+            for what in passes(name):
+                ask = {side: (lambda w=w, c=what: w.ask(command=c, batch=batch)) for side, w in workers.items()}
+                for warm_up in ask.values():
+                    warm_up()
+                seconds = in_turns(ask, samples)
+                best = best_rival(seconds)
+                assert best
+                ratio = seconds[best]["median"] / seconds["ours"]["median"]
+                record[what] = {"seconds": seconds, "best rival": best, "ratio": ratio}
+            record["peak bytes"] = {side: w.ask(command="memory") for side, w in workers.items()}
             return record
         finally:
-            for side in sides.values():
-                side.close()
-
-
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = np.percentile(seconds, [25, 50, 75])
-    return {"median": float(median), "low": float(low), "high": float(high)}
+            for worker in workers.values():
+                worker.close()
 
 
 def table(records: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = ["| network | pass | ours (s) | PyTorch (s) | its best way | PyTorch / ours |", "|" + " --- |" * 6]
+    names = ["network", "pass", "ours (ms)", "PyTorch (ms)", "its best way", "PyTorch / ours", "peak memory, ours / PyTorch's best"]
+    lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
     for name, r in records.items():
-        for what in ("forward", "step"):
-            a, b = r[what]["ours"], r[what][r[what]["best rival"]]
-            spread = [f"{s['median']:.3f} ({s['low']:.3f}-{s['high']:.3f})" for s in (a, b)]
-            lines.append(
-                f"| {name} | {what} | {' | '.join(spread)} | {r[what]['best rival']} | {r[what]['ratio']:.2f} |"
-            )
+        memory = {side: b / 1e9 for side, b in r["peak bytes"].items()}
+        told = f"{memory['ours']:.2f} / {min(memory[w] for w in PYTORCH if w in memory):.2f} GB"
+        for what in passes(name):
+            s, best = r[what]["seconds"], r[what]["best rival"]
+            cells = [name, what, spread(s["ours"]), spread(s[best]), best, f"{r[what]['ratio']:.2f}", told]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Errors against float64 (rms, relative), ours / PyTorch's:", ""]
+    for name, r in records.items():
+        e = r["errors"]
+        told = [f"{k} {e[f'ours, {k}']:.1e} / {v:.1e}" for s, v in e.items() if s.startswith("PyTorch") for k in [s[9:]]]
+        lines.append(f"- {name}: {', '.join(told)}")
     return "\n".join(lines) + "\n"
 
 
+def draw(records: dict[str, Any]) -> None:
+    """How many times as fast as each of PyTorch's ways."""
+    rows, ratios = [], {w: [] for w in PYTORCH}
+    for name, r in records.items():
+        for what in passes(name):
+            s = r[what]["seconds"]
+            rows.append(f"{name}\n{what}")
+            for way, values in ratios.items():
+                values.append(s[way]["median"] / s["ours"]["median"] if way in s else 0.0)
+    values = {f"PyTorch {way}": v for way, v in ratios.items()}
+    title = "Time of PyTorch / time of minidiff, whole networks"
+    plotting.save(plotting.bars(rows, values, "times as long", ("minidiff", 1.0), title), results_path("unet", "png"))
+
+
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(map(repr, NETWORKS))}")
     parser.add_argument("--samples", type=int, default=9)
-    parser.add_argument("--compile", action="store_true", help="also against torch.compile (minutes of compiling)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile (minutes of compiling)")
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(args.serve[0], args.serve[1], Path(args.serve[2]))
+        return serve(Side(*args.serve))
     path = results_path("unet", "json")
-    records = json.loads(path.read_text())["networks"] if path.exists() else {}
+    records = json.loads(path.read_text())["networks"] if path.exists() and args.names else {}
     for name in args.names or NETWORKS:
-        records[name] = measure(name, args.samples, args.compile)
+        records[name] = measure(name, args.samples, not args.no_compile)
         print(name, json.dumps(records[name], indent=1), flush=True)
+        records = {n: records[n] for n in NETWORKS if n in records}
         write_json("unet", {"command": f"bench_unet.py --samples {args.samples}", "networks": records})
         results_path("unet", "md").write_text(table(records))
+        draw(records)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ namespace minidiff::MINIDIFF_ISA {
 namespace {
 
 constexpr int QUERIES = 4 * ROWS;
+constexpr int MANY = (QUERIES + VL - 1) / VL * VL;  // room for one number a row, in whole vectors
 constexpr int KEYS = 128;  // a multiple of every PANEL and of BLOCK
 static_assert(KEYS % PANEL == 0);
 
@@ -93,11 +94,11 @@ void attention_forward(const Attention& a) {
   int kblocks = (a.Lk + KEYS - 1) / KEYS, vp = panels(a.dv);
   int parts = HB >= 2 * T ? 1 : least(qblocks, (2 * T + HB - 1) / HB);
   long lane_size = s.db * s.q_channel + (KEYS / PANEL) * s.k_panel + vp * s.v_panel + QUERIES * KEYS +
-                   (KEYS / BLOCK) * s.p_block + 2L * QUERIES * round_up(a.dv, PANEL) + 2 * QUERIES;
+                   (KEYS / BLOCK) * s.p_block + QUERIES * round_up(a.dv, PANEL) + (VL + 3) * MANY;
   // K and V of a head are packed block by block for each block of queries: with few queries a block that costs as much
   // as the products, so several blocks of queries share it.
   constexpr int TOGETHER = 4;
-  lane_size += (TOGETHER - 1) * (s.db * s.q_channel + (long)QUERIES * round_up(a.dv, PANEL) + 2 * QUERIES);
+  lane_size += (TOGETHER - 1) * (s.db * s.q_channel + (long)QUERIES * round_up(a.dv, PANEL) + (VL + 1) * MANY);
   lane_size = round_up(lane_size, BLOCK);
   float* lanes = scratch(T * lane_size);
   parallel(HB * parts, [&](int task, int lane) {
@@ -111,7 +112,9 @@ void attention_forward(const Attention& a) {
     float* P = S + QUERIES * KEYS;
     float* O = P + (KEYS / BLOCK) * s.p_block;
     float* m = O + TOGETHER * QUERIES * o_row;
-    float* l = m + TOGETHER * QUERIES;
+    float* l = m + TOGETHER * MANY;  // VL partial sums a row
+    float* shrink = l + TOGETHER * MANY * VL;
+    float* base = shrink + MANY;
     long p_offsets[KEYS / BLOCK];
     for (int i = 0; i < KEYS / BLOCK; i++) p_offsets[i] = i * s.p_block;
     for (int group = first; group < last; group += TOGETHER) {
@@ -121,7 +124,8 @@ void attention_forward(const Attention& a) {
         pack_rows(head(a.q, b, a.Lq, i0, a.heads, a.d, h), (long)a.heads * a.d, a.d, rows, a.scale,
                   q + g * s.db * s.q_channel, s.q_channel);
       }
-      for (int i = 0; i < count * QUERIES; i++) m[i] = minus_infinity(), l[i] = 0;
+      for (int i = 0; i < count * MANY; i++) m[i] = minus_infinity();
+      memset(l, 0, sizeof(float) * count * MANY * VL);
       memset(O, 0, sizeof(float) * count * QUERIES * o_row);
       for (int kb = 0; kb < kblocks; kb++) {
         int j0 = kb * KEYS, keys = least(KEYS, a.Lk - j0), padded = (int)round_up(keys, BLOCK);
@@ -130,27 +134,32 @@ void attention_forward(const Attention& a) {
         pack_panels(head(a.v, b, a.Lk, j0, a.heads, a.dv, h), (long)a.heads * a.dv, a.dv, keys, padded, v, s.v_panel);
         for (int g = 0; g < count; g++) {
           int i0 = (group + g) * QUERIES, rows = least(QUERIES, a.Lq - i0);
-          float *Og = O + g * QUERIES * o_row, *mg = m + g * QUERIES, *lg = l + g * QUERIES;
+          float *Og = O + g * QUERIES * o_row, *mg = m + g * MANY, *lg = l + g * MANY * VL;
           scores(q + g * s.db * s.q_channel, rows, s, s.db, k, keys, S);
           for (int r = 0; r < rows; r++) {
             float* row = S + r * KEYS;
             mask_row(a, b, h, i0 + r, j0, keys, row);
             vf high = load(row);
             for (int j = VL; j < padded; j += VL) high = vmax(high, load(row + j));
-            float top = highest(high), next = top > mg[r] ? top : mg[r];
-            if (top != top) next = top;  // NaN stays NaN
-            bool empty = next == minus_infinity();
-            vf total = {};
+            base[r] = highest(high);
+          }
+          for (int r = 0; r < rows; r += VL) {  // where no key has been seen yet, exp(-infinity - 0) is 0
+            vf before = load(mg + r), next = vmax(load(base + r), before);
+            vf from = next == minus_infinity() ? (vf){} : next;
+            store(mg + r, next);
+            store(base + r, from);
+            store(shrink + r, vexp(before - from));
+          }
+          for (int r = 0; r < rows; r++) {
+            vf from = all(base[r]), total = load(lg + r * VL) * shrink[r];
             for (int j = 0; j < padded; j += VL) {
-              vf e = empty ? (vf){} : vexp(load(row + j) - next);
+              vf e = vexp(load(S + r * KEYS + j) - from);
               total += e;
               store(P + j / BLOCK * s.p_block + r * BLOCK + j % BLOCK, e);
             }
-            float shrink = empty ? 1.0f : vexp(all(mg[r] - next))[0];
-            lg[r] = lg[r] * shrink + sum(total);
-            mg[r] = next;
-            if (shrink != 1.0f)
-              for (int c = 0; c < o_row; c += VL) store(Og + r * o_row + c, load(Og + r * o_row + c) * shrink);
+            store(lg + r * VL, total);
+            if (shrink[r] != 1.0f)
+              for (int c = 0; c < o_row; c += VL) store(Og + r * o_row + c, load(Og + r * o_row + c) * shrink[r]);
           }
           for (int n = 0; n < vp; n++)
             multiply(P, rows, p_offsets, padded / BLOCK, v + n * s.v_panel, panel_width(a.dv, n * PANEL),
@@ -160,11 +169,11 @@ void attention_forward(const Attention& a) {
       for (int g = 0; g < count; g++) {
         int i0 = (group + g) * QUERIES, rows = least(QUERIES, a.Lq - i0);
         for (int r = 0; r < rows; r++) {
-          float sums = l[g * QUERIES + r];
+          float sums = sum(load(l + (g * MANY + r) * VL));
           float* y = (float*)head(a.y, b, a.Lq, i0 + r, a.heads, a.dv, h);
           for (int c = 0; c < a.dv; c += VL)
             store_first(y + c, load(O + (g * QUERIES + r) * o_row + c) / sums, a.dv - c);
-          a.lse[((long)b * a.heads + h) * a.Lq + i0 + r] = m[g * QUERIES + r] + __builtin_logf(sums);
+          a.lse[((long)b * a.heads + h) * a.Lq + i0 + r] = m[g * MANY + r] + __builtin_logf(sums);
         }
       }
     }

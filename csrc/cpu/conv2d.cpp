@@ -461,7 +461,7 @@ void tile_products(const float* V, long v_position, const long* offsets, int kbl
 
 INLINE long kernel_position(int K) { return round_up(K, BLOCK) * PANEL + BLOCK; }
 
-constexpr int FEW_TILES = 320, TILE_GROUP = 128, KERNEL_ROWS = 64;  // measured: see docs/performance.md
+constexpr int FEW_TILES = 200, TILE_GROUP = 128, KERNEL_ROWS = 64;  // measured: see docs/performance.md
 
 // Few tiles, many weights: the transformed input is shared; a task is a panel and a group of tiles, and transforms the
 // weights of KERNEL_ROWS channels at a time into a buffer that never leaves its thread's second-level cache.

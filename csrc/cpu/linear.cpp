@@ -1,12 +1,12 @@
 // Linear layers: y = activation(x W + bias + residual), its input gradient (the same with W transposed), and dW = x^T dy.
 //
 //        W in panels [n/PANEL][k][PANEL]
-//        ┌────┬────┬────┐      many rows: W is packed once for all; a task is a block of rows, packed into its thread's
-//   x    │    │    │    │                 second-level cache, that meets one panel after the other
-//  ┌──┐  └────┴────┴────┘      few rows:  x is packed once; a task is a panel of W, packed as it is needed
-//  │  │  ┌────┬────┬────┐
-//  └──┘  │    │    │    │ y    in passes over k of at most K_PASS, so that a panel's rows stay in cache
-//        └────┴────┴────┘
+//        ┌────┬────┬────┐      small W:  it is packed once for all; a task is a block of rows, packed into its thread's
+//   x    │    │    │    │                second-level cache, that meets one panel after the other
+//  ┌──┐  └────┴────┴────┘      large W, or few rows:  x is packed once; a task is a few panels of W, packed K_PASS rows at
+//  │  │  ┌────┬────┬────┐                a time as they are needed, that meet one row tile after the other
+//  └──┘  │    │    │    │ y
+//        └────┴────┴────┘      in passes over k, so that what a tile needs stays in cache
 //
 // An activation is applied to a block of y right after its products. GEGLU takes the panels of both halves of the outputs
 // together: its products never leave the cache.
@@ -18,8 +18,9 @@
 namespace minidiff::MINIDIFF_ISA {
 namespace {
 
-constexpr int K_PASS = 1024, FEW_ROWS = 192;
-constexpr long ROWS_BYTES = 192 << 10;  // of packed x that a task works on
+constexpr int K_PASS = 1024, FEW_K_PASS = 512, FEW_ROWS = 192, FEW_PANELS = 4;
+constexpr long ROWS_BYTES = 192 << 10;                     // of packed x that a task works on
+constexpr long LARGE_W = 4 << 20, X_IN_CACHE = 8 << 20;  // bytes
 
 INLINE int blocks(int K) { return (K + BLOCK - 1) / BLOCK; }
 
@@ -30,22 +31,29 @@ struct Problem {
   long row;  // floats from one row of y to the next
 };
 
-// `rows` packed rows from row r0 of y, times the panel of columns n0.. < N, in passes over k; bias from b0.
-void rows_by_panel(const Problem& p, const float* a, long channel, long r0, int rows, const float* panel, int n0, int N,
-                   int b0) {
+// `rows` packed rows from row r0 of y, times `count` blocks of 16 rows from block k of the panel of columns n0.. < N; bias
+// from b0.
+void one_pass(const Problem& p, const float* a, long channel, long r0, int rows, int k, int count, const float* panel,
+              int n0, int N, int b0) {
   int width = panel_width(N, n0);
   long offsets[K_PASS / BLOCK];
+  for (int i = 0; i < count; i++) offsets[i] = (k + i) * channel;
   float bias[PANEL];
-  if (p.bias)
+  bool first = k == 0;
+  if (p.bias && first)
     for (int v = 0; v < PANEL; v += VL) store(bias + v, load_first(p.bias + b0 + n0 + v, N - n0 - v));
   long at = r0 * p.row + n0;
-  for (int k = 0; k == 0 || k < blocks(p.K); k += K_PASS / BLOCK) {  // one pass even with nothing to add up
-    int count = least(K_PASS / BLOCK, blocks(p.K) - k);
-    for (int i = 0; i < count; i++) offsets[i] = (k + i) * channel;
-    multiply(a, rows, offsets, count, panel + (long)k * BLOCK * width, width,
-             Tile{p.y + at, 0, p.row, N - n0, k > 0, k == 0 && p.bias ? bias : nullptr,
-                  k == 0 && p.residual ? p.residual + at : nullptr});
-  }
+  multiply(a, rows, offsets, count, panel, width,
+           Tile{p.y + at, 0, p.row, N - n0, !first, first && p.bias ? bias : nullptr,
+                first && p.residual ? p.residual + at : nullptr});
+}
+
+// The same over all of k, one pass after the other; one even if there is nothing to add up.
+void rows_by_panel(const Problem& p, const float* a, long channel, long r0, int rows, const float* panel, int n0, int N,
+                   int b0) {
+  for (int k = 0; k == 0 || k < blocks(p.K); k += K_PASS / BLOCK)
+    one_pass(p, a, channel, r0, rows, k, least(K_PASS / BLOCK, blocks(p.K) - k),
+             panel + (long)k * BLOCK * panel_width(N, n0), n0, N, b0);
 }
 
 template <int KIND>
@@ -63,23 +71,106 @@ void activate_block(const Problem& p, long r0, int rows, int n0) {
   f(p.y + r0 * p.row + n0, p.row, rows, least(panel_width(p.N, n0), p.N - n0));
 }
 
-// y = a gelu(g): the block of a comes from the panel n0 of the first half of the outputs, that of g from the second's.
-void geglu_block(const Problem& p, const float* packed, long channel, long r0, int rows, const float* of_a,
-                 const float* of_g, int n0, float* a, float* g) {
+// y = a gelu(g) for `rows` rows and the columns of the panel n0; a and g [row][PANEL]
+void gate_block(const Problem& p, long r0, int rows, int n0, const float* a, const float* g) {
   int half = p.N / 2;
-  Problem to{p.bias, nullptr, p.K, p.N, NO_ACTIVATION, a - n0, PANEL};
-  rows_by_panel(to, packed, channel, 0, rows, of_a, n0, half, 0);
-  to.y = g - n0;
-  rows_by_panel(to, packed, channel, 0, rows, of_g, n0, half, half);
   for (int r = 0; r < rows; r++)
     for (int v = 0; v < least(PANEL, half - n0); v += VL)
       store_first(p.y + (r0 + r) * p.row + n0 + v, load(a + r * PANEL + v) * activated<GELU_EXACT>(load(g + r * PANEL + v)),
                   half - n0 - v);
 }
 
-void pack_panel(const Weights& w, int n0, float* out) {
+// Rows k..k + 16 count of the panel n0 as [k][width].
+void pack_panel(const Weights& w, int n0, int k, int count, float* out) {
   int width = panel_width(w.N, n0);
-  for (int k = 0; k < w.K; k += BLOCK) pack_block(w, k, n0, width, out + (long)k * width);
+  for (int i = 0; i < count; i++) pack_block(w, (k + i) * BLOCK, n0, width, out + (long)i * BLOCK * width);
+}
+
+// Both ways to compute y: see the top. `first` and `second` are W, or its halves of outputs for GEGLU.
+struct Layer {
+  Problem p;
+  const float* x;
+  long M;
+  Weights first, second;
+  bool halves;
+  int columns, kb, np;
+};
+
+void few_rows(const Layer& d) {
+  const Problem& p = d.p;
+  int T = num_threads(), sides = d.halves ? 2 : 1, pass = FEW_K_PASS / BLOCK;
+  int together = most(1, least(FEW_PANELS / sides, d.np / (2 * T)));  // panels of y a task
+  int tiles = (d.M + ROWS - 1) / ROWS;
+  long channel = d.M * BLOCK + BLOCK, chunk = (long)least(pass, d.kb) * BLOCK * PANEL;
+  long products = d.halves ? d.M * PANEL : 0, lane_size = sides * together * (chunk + products);
+  float* packed = scratch(d.kb * channel + T * lane_size);
+  float* lanes = packed + d.kb * channel;
+  int fills = least(d.M, 4 * T);
+  parallel(fills, [&](int task, int) {
+    long r0 = d.M * task / fills, r1 = d.M * (task + 1) / fills;
+    pack_rows(d.x + r0 * p.K, p.K, p.K, r1 - r0, 1, packed + r0 * BLOCK, channel);
+  });
+  parallel((d.np + together - 1) / together, [&](int task, int lane) {
+    int n = task * together, count = least(together, d.np - n);
+    float* panels = lanes + lane * lane_size;
+    float* buffer = panels + sides * together * chunk;  // of GEGLU: the products of each panel, [row][PANEL]
+    for (int k = 0; k == 0 || k < d.kb; k += pass) {
+      int depth = least(pass, d.kb - k);
+      for (int i = 0; i < sides * count; i++)
+        pack_panel(i < count ? d.first : d.second, (n + i % count) * PANEL, k, depth, panels + i * chunk);
+      for (int t = 0; t < tiles; t++) {
+        long r0 = d.M * t / tiles, r1 = d.M * (t + 1) / tiles;
+        for (int i = 0; i < sides * count; i++) {
+          int n0 = (n + i % count) * PANEL, half = i < count ? 0 : d.columns;
+          Problem to = p;
+          if (d.halves) to.y = buffer + i * products - n0, to.row = PANEL;
+          one_pass(to, packed + r0 * BLOCK, channel, r0, r1 - r0, k, depth, panels + i * chunk, n0, d.columns, half);
+        }
+      }
+    }
+    for (int i = 0; i < count; i++)
+      if (d.halves)
+        gate_block(p, 0, d.M, (n + i) * PANEL, buffer + i * products, buffer + (count + i) * products);
+      else if (p.activation != NO_ACTIVATION)
+        activate_block(p, 0, d.M, (n + i) * PANEL);
+  });
+}
+
+void many_rows(const Layer& d) {
+  const Problem& p = d.p;
+  int T = num_threads();
+  long panel = (long)d.kb * BLOCK * PANEL, of_panel = panel * (d.halves ? 2 : 1);
+  long per_task = most(ROWS, least(16 * ROWS, ROWS_BYTES / (4L * most(1, d.kb) * BLOCK)) / ROWS * ROWS);
+  long tasks = (d.M + per_task - 1) / per_task;
+  if (tasks < 4 * T) tasks = least(4 * T, (d.M + ROWS - 1) / ROWS);
+  per_task = (d.M + tasks - 1) / tasks;
+  long channel = per_task * BLOCK + BLOCK, products = d.halves ? per_task * PANEL : 0;
+  long lane_size = d.kb * channel + 2 * products;
+  float* packed = scratch(d.np * of_panel + T * lane_size);
+  float* lanes = packed + d.np * of_panel;
+  parallel(d.np, [&](int n, int) {
+    pack_panel(d.first, n * PANEL, 0, d.kb, packed + n * of_panel);
+    if (d.halves) pack_panel(d.second, n * PANEL, 0, d.kb, packed + n * of_panel + panel);
+  });
+  parallel(tasks, [&](int task, int lane) {
+    long r0 = d.M * task / tasks, r1 = d.M * (task + 1) / tasks;
+    float *mine = lanes + lane * lane_size, *a = mine + d.kb * channel, *g = a + products;
+    pack_rows(d.x + r0 * p.K, p.K, p.K, r1 - r0, 1, mine, channel);
+    for (int n = 0; n < d.np; n++) {
+      int n0 = n * PANEL;
+      const float* w = packed + n * of_panel;
+      if (!d.halves) {
+        rows_by_panel(p, mine, channel, r0, r1 - r0, w, n0, d.columns, 0);
+        if (p.activation != NO_ACTIVATION) activate_block(p, r0, r1 - r0, n0);
+        continue;
+      }
+      Problem to{p.bias, nullptr, p.K, p.N, NO_ACTIVATION, a - n0, PANEL};
+      rows_by_panel(to, mine, channel, 0, r1 - r0, w, n0, d.columns, 0);
+      to.y = g - n0;
+      rows_by_panel(to, mine, channel, 0, r1 - r0, w + panel, n0, d.columns, d.columns);
+      gate_block(p, r0, r1 - r0, n0, a, g);
+    }
+  });
 }
 
 }  // namespace
@@ -89,47 +180,17 @@ void linear(float* y, const float* x, const float* w, const float* bias, const f
   bool halves = activation == GEGLU;
   int columns = halves ? N / 2 : N;
   if (M * columns == 0) return;
-  Weights weights{w, K, columns, transposed ? K : N, transposed};
-  Weights second{w + columns, K, columns, N, false};  // of GEGLU
-  Problem p{bias, residual, K, N, activation, y, columns};
-  int kb = blocks(K), np = panels(columns), T = num_threads();
-  long panel = (long)kb * BLOCK * PANEL, of_panel = panel * (halves ? 2 : 1);
-  auto pack = [&](int n, float* out) {
-    pack_panel(weights, n * PANEL, out);
-    if (halves) pack_panel(second, n * PANEL, out + panel);
-  };
-  auto block = [&](const float* packed, long channel, long r0, int rows, const float* panels, int n, float* products) {
-    if (halves)
-      return geglu_block(p, packed, channel, r0, rows, panels, panels + panel, n * PANEL, products, products + rows * PANEL);
-    rows_by_panel(p, packed, channel, r0, rows, panels, n * PANEL, N, 0);
-    if (activation != NO_ACTIVATION) activate_block(p, r0, rows, n * PANEL);
-  };
-  if (M <= FEW_ROWS) {
-    long channel = M * BLOCK + BLOCK, products = halves ? 2 * M * PANEL : 0;
-    float* packed = scratch(kb * channel + T * (of_panel + products));
-    float* lanes = packed + kb * channel;
-    pack_rows(x, K, K, M, 1, packed, channel);
-    parallel(np, [&](int n, int lane) {
-      float* mine = lanes + lane * (of_panel + products);
-      pack(n, mine);
-      block(packed, channel, 0, M, mine, n, mine + of_panel);
-    });
-    return;
-  }
-  long per_task = most(ROWS, least(16 * ROWS, ROWS_BYTES / (4L * most(1, kb) * BLOCK)) / ROWS * ROWS);
-  long tasks = (M + per_task - 1) / per_task;
-  if (tasks < 4 * T) tasks = least(4 * T, (M + ROWS - 1) / ROWS);
-  per_task = (M + tasks - 1) / tasks;
-  long channel = per_task * BLOCK + BLOCK, products = halves ? 2 * per_task * PANEL : 0;
-  float* packed = scratch(np * of_panel + T * (kb * channel + products));
-  float* lanes = packed + np * of_panel;
-  parallel(np, [&](int n, int) { pack(n, packed + n * of_panel); });
-  parallel(tasks, [&](int task, int lane) {
-    long r0 = M * task / tasks, r1 = M * (task + 1) / tasks;
-    float* mine = lanes + lane * (kb * channel + products);
-    pack_rows(x + r0 * K, K, K, r1 - r0, 1, mine, channel);
-    for (int n = 0; n < np; n++) block(mine, channel, r0, r1 - r0, packed + n * of_panel, n, mine + kb * channel);
-  });
+  Layer d{{bias, residual, K, N, activation, y, columns},
+             x,
+             M,
+             {w, K, columns, transposed ? K : N, transposed},
+             {w + columns, K, columns, N, false},
+             halves,
+             columns,
+             blocks(K),
+             panels(columns)};
+  bool large_w = 4L * K * N > LARGE_W && 4L * M * K <= X_IN_CACHE;
+  M <= FEW_ROWS || large_w ? few_rows(d) : many_rows(d);
 }
 
 void linear_weight_gradient(float* dw, const float* x, const float* dy, long M, int K, int N) {

@@ -69,20 +69,52 @@ INLINE void store_first(float* p, vf v, int n) {
 #endif
 }
 
+INLINE vf vmax(vf a, vf b) {  // b where one of them is NaN
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xffff, a, b);  // the plain one warns of an uninitialised value in GCC 12
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+INLINE vf vmin(vf a, vf b) {  // b where one of them is NaN
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xffff, a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+// v with its halves, quarters, ... exchanged: lane i holds lane i ^ S.
+template <int S>
+INLINE vf exchanged(vf v) {
+  vf r;
+#if defined(__clang__)
+  UNROLL for (int i = 0; i < VL; i++) r[i] = v[i ^ S];
+#else
+  vi from;
+  for (int i = 0; i < VL; i++) from[i] = i ^ S;
+  r = __builtin_shuffle(v, from);
+#endif
+  return r;
+}
 INLINE float sum(vf v) {
-  float s = 0;
-  UNROLL for (int i = 0; i < VL; i++) s += v[i];
-  return s;
+  if constexpr (VL == 16) v += exchanged<8>(v);
+  if constexpr (VL >= 8) v += exchanged<4>(v);
+  v += exchanged<2>(v);
+  return v[0] + v[1];
 }
 INLINE float highest(vf v) {
-  float s = v[0];
-  UNROLL for (int i = 1; i < VL; i++) s = v[i] > s ? v[i] : s;
-  return s;
+  if constexpr (VL == 16) v = vmax(v, exchanged<8>(v));
+  if constexpr (VL >= 8) v = vmax(v, exchanged<4>(v));
+  v = vmax(v, exchanged<2>(v));
+  return v[0] > v[1] ? v[0] : v[1];
 }
-INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 INLINE vf vsqrt(vf v) {
 #if defined(__AVX512F__)
-  return _mm512_maskz_sqrt_ps(0xffff, v);  // the plain one warns of an uninitialised value in GCC 12
+  return _mm512_maskz_sqrt_ps(0xffff, v);
 #elif defined(__AVX2__)
   return _mm256_sqrt_ps(v);
 #else
@@ -95,11 +127,13 @@ INLINE vf vsqrt(vf v) {
 // Below -87.3 (the last normal number) the result is 0, above 88.7 infinity; NaN stays NaN.
 INLINE vf vexp(vf x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+#if defined(__AVX512F__)
+  x = vmin(all(200.0f), x);
+#endif
   vf t = x * 1.44269504f + magic;
-  vi n = (vi)t - (vi)all(magic);
-  vf k = t - magic;
-  vf r = x - k * 0.693359375f;
-  r = r + k * 2.12194440e-4f;
+  vf n = t - magic;
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
   vf p = all(1.0f / 5040);
   p = p * r + 1.0f / 720;
   p = p * r + 1.0f / 120;
@@ -108,10 +142,14 @@ INLINE vf vexp(vf x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  vi half = n >> 1;  // 2^n in two factors, so that n = 128 does not overflow on the way
-  vf y = p * (vf)((half + 127) << 23) * (vf)((n - half + 127) << 23);
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, all(-87.3f), _CMP_NLT_UQ), p, n);
+#else
+  vi i = (vi)t - (vi)all(magic), half = i >> 1;  // 2^n in two factors, so that n = 128 does not overflow on the way
+  vf y = p * (vf)((half + 127) << 23) * (vf)((i - half + 127) << 23);
   y = x < -87.3f ? (vf){} : y;
   return x > 88.7228f ? all(__builtin_inff()) : y;
+#endif
 }
 INLINE vf vsigmoid(vf x) { return 1.0f / (1.0f + vexp(-x)); }
 
