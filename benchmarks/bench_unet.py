@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from common import (
 )  # fmt: skip
 
 from minidiff import plotting
+from minidiff.threads import peak_memory
 
 PASSES = ("forward", "step")
 STEPS, GUIDANCE = 50, 1.5  # of sampling
@@ -199,7 +199,7 @@ class Side:
     def __call__(self, command: str, batch: int = 0) -> float:
         """Seconds of a command; or the most memory that the process ever had, in bytes."""
         if command == "memory":
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return peak_memory()
         return timed(lambda: self.commands[command](batch))
 
 
