@@ -121,7 +121,10 @@ def direct(samples: int = 9) -> None:
 
         call()
         seconds = summary([timed(call) for _ in range(samples)])
-        rows[label(*shape)] = {"seconds": seconds, "share": work(case, "forward")[0] / seconds["median"] / top["multiply-adds"]}
+        rows[label(*shape)] = {
+            "seconds": seconds,
+            "share": work(case, "forward")[0] / seconds["median"] / top["multiply-adds"],
+        }
         print(f"{label(*shape):30} {rows[label(*shape)]['share']:.2f}", flush=True)
     write_json("conv2d_direct", {"command": "bench_conv2d.py --direct", "ceilings": top, "cases": rows})
     lines = ["| shape | direct forward, share of the multiply-add ceiling |", "| --- | --- |"]

@@ -32,7 +32,12 @@ def work(case: Any, what: str) -> tuple[float, float]:
 def arrays(case: Any, rng: np.random.Generator) -> list[np.ndarray]:
     """x, gamma, beta, dy."""
     C = case[-1]
-    return [rng.standard_normal(case) * 2 + 1, rng.standard_normal(C), rng.standard_normal(C), rng.standard_normal(case)]
+    return [
+        rng.standard_normal(case) * 2 + 1,
+        rng.standard_normal(C),
+        rng.standard_normal(C),
+        rng.standard_normal(case),
+    ]
 
 
 def ours(case: Any, given: list[np.ndarray]) -> Any:

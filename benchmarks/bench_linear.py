@@ -1,6 +1,6 @@
 """Linear layers, alone and with the activation behind them: GFLOP/s by shape, against PyTorch and NumPy.
 
-    python benchmarks/bench_linear.py [SHAPE ...]     (PyTorch's columns need torch: pip install -e '.[compare]')
+python benchmarks/bench_linear.py [SHAPE ...]     (PyTorch's columns need torch: pip install -e '.[compare]')
 """
 
 from __future__ import annotations

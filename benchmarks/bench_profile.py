@@ -28,7 +28,20 @@ KINDS = {
     "GroupNorm, SiLU": ("group_norm", "silu"),
     "LayerNorm, GEGLU": ("layer_norm", "gelu", "geglu"),
     "optimizer": ("adam", "gradient_norm", "lerp"),
-    "sums, copies": ("accumulate", "add", "sum", "mse", "cat", "copy", "mul", "upsample", "fill", "zero", "slice", "sub"),
+    "sums, copies": (
+        "accumulate",
+        "add",
+        "sum",
+        "mse",
+        "cat",
+        "copy",
+        "mul",
+        "upsample",
+        "fill",
+        "zero",
+        "slice",
+        "sub",
+    ),
 }
 OTHER = "Python and the rest"
 REPEATS = 5
@@ -113,7 +126,11 @@ def main() -> None:
     times = json.loads(results_path("unet", "json").read_text())["networks"]
     rows: dict[str, dict[str, float]] = {}
     for name in args.names or [n for n in NETWORKS if n in times]:
-        eager = {w: s["median"] for w, s in times[name][passes(name)[-1]]["seconds"].items() if w.startswith(("cont", "chan"))}
+        eager = {
+            w: s["median"]
+            for w, s in times[name][passes(name)[-1]]["seconds"].items()
+            if w.startswith(("cont", "chan"))
+        }
         with tempfile.TemporaryDirectory() as tmp:
             for side in ("exact", "ours", "PyTorch"):
                 worker = Worker()

@@ -123,7 +123,11 @@ def ours(name: str, folder: Path) -> dict[str, Callable[[int], Any]]:
         return list(samplers.ddim(model, x[:n], *conds, GUIDANCE, levels, schedule.linear(1000)))[-1].x_prev
 
     def check(batch: int) -> None:
-        output, grads = backward(batch) if "step" in passes(name) else ({"sampling": sampling}.get(passes(name)[0], forward)(batch), {})
+        output, grads = (
+            backward(batch)
+            if "step" in passes(name)
+            else ({"sampling": sampling}.get(passes(name)[0], forward)(batch), {})
+        )
         np.savez(folder / "ours.npz", output=output, **grads)
 
     return {"check": check, "forward": forward, "step": step, "sampling": sampling}
@@ -146,7 +150,9 @@ def torchs(name: str, folder: Path, way: str) -> dict[str, Callable[[int], Any]]
 
     def given(batch: int, dtype: Any = torch.float32) -> Any:
         x, t, tokens, target = inputs(name, batch)
-        x, target = (torch.tensor(a, dtype=dtype).permute(0, 3, 1, 2).contiguous(memory_format=memory) for a in (x, target))
+        x, target = (
+            torch.tensor(a, dtype=dtype).permute(0, 3, 1, 2).contiguous(memory_format=memory) for a in (x, target)
+        )
         return x, torch.tensor(t), () if tokens is None else (torch.tensor(tokens, dtype=dtype),), target
 
     def backward(batch: int, dtype: Any = torch.float32) -> Any:
@@ -254,7 +260,15 @@ def measure(name: str, samples: int, compiled: bool) -> dict[str, Any]:
 
 def table(records: dict[str, Any]) -> str:
     """The results as Markdown."""
-    names = ["network", "pass", "ours (ms)", "PyTorch (ms)", "its best way", "PyTorch / ours", "peak memory, ours / PyTorch's best"]
+    names = [
+        "network",
+        "pass",
+        "ours (ms)",
+        "PyTorch (ms)",
+        "its best way",
+        "PyTorch / ours",
+        "peak memory, ours / PyTorch's best",
+    ]
     lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
     for name, r in records.items():
         memory = {side: b / 1e9 for side, b in r["peak bytes"].items()}
@@ -266,7 +280,9 @@ def table(records: dict[str, Any]) -> str:
     lines += ["", "Errors against float64 (rms, relative), ours / PyTorch's:", ""]
     for name, r in records.items():
         e = r["errors"]
-        told = [f"{k} {e[f'ours, {k}']:.1e} / {v:.1e}" for s, v in e.items() if s.startswith("PyTorch") for k in [s[9:]]]
+        told = [
+            f"{k} {e[f'ours, {k}']:.1e} / {v:.1e}" for s, v in e.items() if s.startswith("PyTorch") for k in [s[9:]]
+        ]
         lines.append(f"- {name}: {', '.join(told)}")
     return "\n".join(lines) + "\n"
 

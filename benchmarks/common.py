@@ -171,9 +171,7 @@ def best_rival(seconds: dict[str, dict[str, float]]) -> str | None:
 
 def relative_errors(got: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> float:
     """The largest root-mean-square error of a list of arrays, each relative to the array's size."""
-    return max(
-        float(np.sqrt(((g - e) ** 2).mean()) / np.sqrt((e**2).mean())) for g, e in zip(got, exact, strict=True)
-    )
+    return max(float(np.sqrt(((g - e) ** 2).mean()) / np.sqrt((e**2).mean())) for g, e in zip(got, exact, strict=True))
 
 
 # ---- one op over many shapes
@@ -314,7 +312,11 @@ def spread(s: dict[str, float]) -> str:
 def _lines(bench: Bench, case: str, row: dict[str, Any]) -> list[str]:
     lines = []
     for what, r in row.items():
-        rival = spread(r["seconds"][r["best rival"]]) + f" | {r['best rival']} | {r['ratio']:.2f}" if "ratio" in r else " | | "
+        rival = (
+            spread(r["seconds"][r["best rival"]]) + f" | {r['best rival']} | {r['ratio']:.2f}"
+            if "ratio" in r
+            else " | | "
+        )
         cells = [case, what, f"{r['rate']:.0f}", f"{r['share']:.2f}", spread(r["seconds"]["ours"]), rival]
         lines.append(f"| {' | '.join(cells)} | {r['reference ratio']:.1f} |")
     return lines
@@ -323,7 +325,10 @@ def _lines(bench: Bench, case: str, row: dict[str, Any]) -> list[str]:
 def _table(bench: Bench, rows: dict[str, Any], top: dict[str, float]) -> str:
     names = ["shape", "pass", bench.unit, "floor / time", "ours (ms)", "PyTorch (ms)", "its best way"]
     names += ["PyTorch / ours", "NumPy / ours"]
-    head = [f"Ceilings: {top['multiply-adds'] / 1e9:.0f} GFLOP/s of multiply-adds, {top['copy'] / 1e9:.1f} GB/s of copying.", ""]
+    head = [
+        f"Ceilings: {top['multiply-adds'] / 1e9:.0f} GFLOP/s of multiply-adds, {top['copy'] / 1e9:.1f} GB/s of copying.",
+        "",
+    ]
     head += [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
     return "\n".join(head + [line for case, row in rows.items() for line in _lines(bench, case, row)]) + "\n"
 

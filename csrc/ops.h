@@ -25,11 +25,11 @@ void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, V
 int64_t conv2d_prepared_size(View w, int B, int height, int width, int stride, Sides sides, int upsample);
 void conv2d_prepare(View prepared, View w, int B, int height, int width, int stride, Sides sides, int upsample);
 
-// y (M, N) = activation(x (M, K) w (K, N) + b? (N,) + residual? (M, N))
-// activation: "" (none), silu, gelu_exact, gelu_tanh, gelu_quick; or geglu, which halves: y (M, N / 2), no residual
-void linear_forward(View y, View x, View w, View b, View residual, const std::string& activation);
-// dx? (M, K), dw (K, N), db? (N,)
-void linear_backward(View dx, View dw, View db, View dy, View x, View w);
+// y (M, N) = activation(z), z? (M, N) = x (M, K) w (K, N) + b? (N,) + residual? (M, N)
+// activation: "" (none: no z), silu, gelu_exact, gelu_tanh, gelu_quick; or geglu, which halves: y (M, N / 2), no residual
+void linear_forward(View y, View z, View x, View w, View b, View residual, const std::string& activation);
+// dx? (M, K), dw (K, N), db? (N,) from dy like y; z? is wanted with an activation
+void linear_backward(View dx, View dw, View db, View dy, View z, View x, View w, const std::string& activation);
 
 // x (B, N, C1) [beside x2? (B, N, C2)], C = C1 + C2, y (B, N, C); gain, offset (B, C) or (1, C); mean, rstd (B, C)
 void group_norm_forward(View y, View mean, View rstd, View x, View x2, View gain, View offset, int groups, double eps,

@@ -102,21 +102,29 @@ def conv2d_backward(
 
 @_op
 def linear_forward(
-    x: Array, w: Array, b: Array | None, residual: Array | None = None, activation: str | None = None
-) -> Array:
+    x: Array,
+    w: Array,
+    b: Array | None,
+    residual: Array | None = None,
+    activation: str | None = None,
+    keep: bool = False,
+) -> Any:
     width = w.shape[1] // 2 if activation == "geglu" else w.shape[1]
     y = np.empty((*x.shape[:-1], width), np.float32)
-    rows = None if residual is None else _rows(residual)
-    _cpu.linear_forward(y.reshape(-1, width), _rows(x, w.shape[0]), w, b, rows, activation or "")
-    return y
+    z = np.empty((*x.shape[:-1], w.shape[1]), np.float32) if keep and activation else None
+    rows, sums = (None if a is None else _rows(a, w.shape[1]) for a in (residual, z))
+    _cpu.linear_forward(_rows(y, width), sums, _rows(x, w.shape[0]), w, b, rows, activation or "")
+    return y, z
 
 
 @_op
-def linear_backward(dy: Array, x: Array, w: Array, needs_dx: bool) -> Any:
+def linear_backward(
+    dy: Array, x: Array, w: Array, needs_dx: bool, activation: str | None = None, z: Array | None = None
+) -> Any:
     dx = np.empty(x.shape, np.float32) if needs_dx else None
     dw, db = np.empty(w.shape, np.float32), np.empty(w.shape[1], np.float32)
-    into = None if dx is None else dx.reshape(-1, w.shape[0])
-    _cpu.linear_backward(into, dw, db, _rows(dy, w.shape[1]), _rows(x, w.shape[0]), w)
+    into, sums = (None if a is None else _rows(a, n) for a, n in ((dx, w.shape[0]), (z, w.shape[1])))
+    _cpu.linear_backward(into, dw, db, _rows(dy, dy.shape[-1]), sums, _rows(x, w.shape[0]), w, activation or "")
     return dx, dw, db
 
 

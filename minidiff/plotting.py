@@ -304,7 +304,9 @@ def stacked_shares(
 ) -> Chart:
     """One horizontal bar a row, cut into the row's named parts; parts have one colour in all rows."""
     names = list(dict.fromkeys(name for parts in rows.values() for name in parts))
-    told = "; ".join(f"{row}: " + ", ".join(f"{k} {number.format(v)}" for k, v in parts.items()) for row, parts in rows.items())
+    told = "; ".join(
+        f"{row}: " + ", ".join(f"{k} {number.format(v)}" for k, v in parts.items()) for row, parts in rows.items()
+    )
     figure = Chart(8.0, 1.5 + 0.55 * len(rows), f"{title or xlabel}. {told}", layout="constrained")
     axes = figure.subplots()
     _plain(axes, "x")

@@ -117,8 +117,8 @@ SIZES = [(1, 1, 1), (5, 7, 3), (300, 64, 130), (64, 1100, 70), (500, 2100, 40), 
 def test_linear(kind, M, K, N, rng):
     x, w, b, residual, dy = draw(rng, (M, K), (K, N), (N,), (M, N), (M, N))
     y, dx, dw, db = map(blank, ((M, N), (M, K), (K, N), (N,)))
-    _cpu.linear_forward(y, x, w, b, residual, "")
-    _cpu.linear_backward(dx, dw, db, dy, x, w)
+    _cpu.linear_forward(y, None, x, w, b, residual, "")
+    _cpu.linear_backward(dx, dw, db, dy, None, x, w, "")
     X, W, B, R, DY = wide(x, w, b, residual, dy)
     for name, actual, reference in (
         ("y", y, X @ W + B + R), ("dx", dx, DY @ W.T), ("dw", dw, X.T @ DY), ("db", db, DY.sum(axis=0)),
@@ -129,11 +129,19 @@ def test_linear(kind, M, K, N, rng):
 @pytest.mark.parametrize("activation", ["silu", "gelu_exact", "gelu_tanh", "gelu_quick", "geglu"])
 @pytest.mark.parametrize("M, K, N", [(M, K, N + N % 2) for M, K, N in SIZES])
 def test_linear_with_an_activation(kind, M, K, N, activation, rng):
-    x, w, b = draw(rng, (M, K), (K, N), (N,))
+    width = N // 2 if activation == "geglu" else N
+    x, w, b, dy = draw(rng, (M, K), (K, N), (N,), (M, width))
     w /= np.float32(max(K, 1) ** 0.5)
-    y = blank((M, N // 2 if activation == "geglu" else N))
-    _cpu.linear_forward(y, x, w, b, None, activation)
-    close(y, REFERENCE["linear_forward"](*wide(x, w, b), None, activation), "y")
+    y, again, z, dx, dw, db = map(blank, ((M, width), (M, width), (M, N), (M, K), (K, N), (N,)))
+    _cpu.linear_forward(y, None, x, w, b, None, activation)
+    _cpu.linear_forward(again, z, x, w, b, None, activation)
+    _cpu.linear_backward(dx, dw, db, dy, z, x, w, activation)
+    X, W, B, DY = wide(x, w, b, dy)
+    exact = REFERENCE["linear_forward"](X, W, B, None, activation, True)
+    back = REFERENCE["linear_backward"](DY, X, W, True, activation, exact[1])
+    for name, actual, reference in zip("y z dx dw db".split(), (y, z, dx, dw, db), (*exact, *back), strict=True):
+        close(actual, reference, name)
+    assert np.array_equal(y, again)
 
 
 @pytest.mark.parametrize("B, N, C, groups", [(1, 4096, 40, 8), (4, 700, 48, 8), (3, 1000, 70, 7), (2, 3, 2560, 32)])
@@ -201,7 +209,7 @@ def everything(rng):
     yield from MODULES["cpu"].conv2d_backward(dy, x, w, 1, SAME)
     yield from MODULES["cpu"].conv2d_backward(dy[:, :10, :10].copy(), x, w, 2, SAME)
     a, m, g = draw(rng, (900, 70), (70, 50), (900, 50))
-    yield MODULES["cpu"].linear_forward(a, m, None)
+    yield MODULES["cpu"].linear_forward(a, m, None)[0]
     yield from MODULES["cpu"].linear_backward(g, a, m, True)
     flat = x.reshape(3, 400, 40)
     gain, offset, dflat = draw(rng, (1, 40), (1, 40), flat.shape)
@@ -250,9 +258,9 @@ from minidiff import _cpu
 from minidiff.backend import MODULES
 _cpu.set_num_threads(2)
 x = np.ones((300, 64), np.float32)
-before = MODULES["cpu"].linear_forward(x, x.T[:, :40].copy(), None)
+before = MODULES["cpu"].linear_forward(x, x.T[:, :40].copy(), None)[0]
 if (pid := os.fork()) == 0:
-    after = MODULES["cpu"].linear_forward(x, x.T[:, :40].copy(), None)
+    after = MODULES["cpu"].linear_forward(x, x.T[:, :40].copy(), None)[0]
     os._exit(0 if (after == before).all() else 1)
 raise SystemExit(os.waitpid(pid, 0)[1])
 """
@@ -298,7 +306,7 @@ def arguments():
     return {
         "conv2d_forward": {"y": y, "x": x, "x2": None, "w": w, "b": b, "shift": None, "residual": None, "stride": 1,
                            "sides": SAME, "upsample": 1, "silu": False, "prepared": None, "algorithm": -1},
-        "linear_forward": {"y": out, "x": a, "w": m, "b": None, "residual": None, "activation": ""},
+        "linear_forward": {"y": out, "z": None, "x": a, "w": m, "b": None, "residual": None, "activation": ""},
     }  # fmt: skip
 
 
@@ -394,7 +402,7 @@ def test_values_that_are_not_finite_pass_through(kind):
         assert np.isnan(y[5]) and y[3] == 100 and y[4] == np.inf and y[2] == 0 and abs(y[1]) < 1e-30
     a = np.zeros((40, 20), np.float32)
     a[7, 3] = np.nan
-    y = MODULES[kind].linear_forward(a, np.ones((20, 5), np.float32), None)
+    y, _ = MODULES[kind].linear_forward(a, np.ones((20, 5), np.float32), None)
     assert np.isnan(y[7]).all() and not np.isnan(np.delete(y, 7, axis=0)).any()
 
 

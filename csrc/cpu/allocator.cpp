@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <unordered_map>
 #include <vector>
 
@@ -137,6 +138,11 @@ void release_memory() {
   std::lock_guard<std::mutex> lock(cache->mutex);
   cache->release_all();
 }
+
+Temporary::Temporary(size_t floats) : data(floats ? (float*)cache->take(floats * sizeof(float)) : nullptr) {
+  if (floats && !data) throw std::bad_alloc();
+}
+Temporary::~Temporary() { cache->give(data); }
 
 bool install_allocator() {
   if (_import_array() < 0) return false;

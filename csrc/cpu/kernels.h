@@ -60,6 +60,16 @@ struct Attention {
   float *y = nullptr, *lse = nullptr, *dq = nullptr, *dk = nullptr, *dv_out = nullptr;
 };
 
+// z (M, N) = x (M, K) @ w (K, N) + bias (N,) + residual (M, N), y = activation(z); with GEGLU y (M, N / 2)
+struct Linear {
+  const float *x = nullptr, *w = nullptr, *bias = nullptr, *residual = nullptr;
+  long M = 0;
+  int K = 0, N = 0;
+  bool transposed = false;  // w is stored (N, K); not with GEGLU
+  int activation = -1;      // of Pointwise
+  float *y = nullptr, *z = nullptr;  // z: kept if not null
+};
+
 enum Pointwise { NO_ACTIVATION = -1, SILU, GELU_EXACT, GELU_TANH, GELU_QUICK, GEGLU };
 
 // One parameter of an optimizer's step; all arrays have n elements.
@@ -88,10 +98,8 @@ struct Kernels {
   // y (B, h, w, C): the sum over each square of factor x factor pixels of x (B, factor h, factor w, C)
   void (*pool_sum)(float* y, const float* x, int B, int h, int w, int C, int factor);
 
-  // y (M, N) = activation(x (M, K) @ w (K, N) + bias (N,) + residual (M, N)); with GEGLU y (M, N / 2), without residual
-  void (*linear)(float* y, const float* x, const float* w, const float* bias, const float* residual, long M, int K, int N,
-                 bool transposed, int activation);  // transposed: w is stored (N, K)
-  void (*linear_weight_gradient)(float* dw, const float* x, const float* dy, long M, int K, int N);
+  void (*linear)(const Linear&);
+  void (*linear_backward)(const Linear&, const float* dy, float* dx, float* dw, float* db);  // dx, db: may be null
   void (*column_sums)(float* out, const float* x, int groups, long rows, int N);  // (groups, rows, N) -> (groups, N)
 
   void (*group_norm_forward)(const GroupNorm&);

@@ -1,4 +1,5 @@
-// Linear layers: y = activation(x W + bias + residual), its input gradient (the same with W transposed), and dW = x^T dy.
+// Linear layers: y = activation(x W + bias + residual), and back: dz = dy through the activation, dx = dz W^T,
+// dW = x^T dz, db = the sum of dz over rows.
 //
 //        W in panels [n/PANEL][k][PANEL]
 //        ┌────┬────┬────┐      small W:  it is packed once for all; a task is a block of rows, packed into its thread's
@@ -9,7 +10,8 @@
 //        └────┴────┴────┘      in passes over k, so that what a tile needs stays in cache
 //
 // An activation is applied to a block of y right after its products. GEGLU takes the panels of both halves of the outputs
-// together: its products never leave the cache.
+// together. The backward walks over bands of rows that stay in the last-level cache: dy is read from memory once, and dz,
+// which is twice as wide for GEGLU, never written to it.
 #include "activations.h"
 #include "gemm.h"
 #include "kernels.h"
@@ -19,66 +21,10 @@ namespace minidiff::MINIDIFF_ISA {
 namespace {
 
 constexpr int K_PASS = 1024, FEW_K_PASS = 512, FEW_ROWS = 192, FEW_PANELS = 4;
-constexpr long ROWS_BYTES = 192 << 10;                     // of packed x that a task works on
+constexpr long ROWS_BYTES = 192 << 10;                   // of packed x that a task works on
 constexpr long LARGE_W = 4 << 20, X_IN_CACHE = 8 << 20;  // bytes
 
 INLINE int blocks(int K) { return (K + BLOCK - 1) / BLOCK; }
-
-struct Problem {
-  const float *bias, *residual;
-  int K, N, activation;
-  float* y;
-  long row;  // floats from one row of y to the next
-};
-
-// `rows` packed rows from row r0 of y, times `count` blocks of 16 rows from block k of the panel of columns n0.. < N; bias
-// from b0.
-void one_pass(const Problem& p, const float* a, long channel, long r0, int rows, int k, int count, const float* panel,
-              int n0, int N, int b0) {
-  int width = panel_width(N, n0);
-  long offsets[K_PASS / BLOCK];
-  for (int i = 0; i < count; i++) offsets[i] = (k + i) * channel;
-  float bias[PANEL];
-  bool first = k == 0;
-  if (p.bias && first)
-    for (int v = 0; v < PANEL; v += VL) store(bias + v, load_first(p.bias + b0 + n0 + v, N - n0 - v));
-  long at = r0 * p.row + n0;
-  multiply(a, rows, offsets, count, panel, width,
-           Tile{p.y + at, 0, p.row, N - n0, !first, first && p.bias ? bias : nullptr,
-                first && p.residual ? p.residual + at : nullptr});
-}
-
-// The same over all of k, one pass after the other; one even if there is nothing to add up.
-void rows_by_panel(const Problem& p, const float* a, long channel, long r0, int rows, const float* panel, int n0, int N,
-                   int b0) {
-  for (int k = 0; k == 0 || k < blocks(p.K); k += K_PASS / BLOCK)
-    one_pass(p, a, channel, r0, rows, k, least(K_PASS / BLOCK, blocks(p.K) - k),
-             panel + (long)k * BLOCK * panel_width(N, n0), n0, N, b0);
-}
-
-template <int KIND>
-void activate(float* y, long row, int rows, int columns) {
-  for (int r = 0; r < rows; r++, y += row)
-    for (int v = 0; v < columns; v += VL) store_first(y + v, activated<KIND>(load_first(y + v, columns - v)), columns - v);
-}
-
-// What follows the products of a block, while it is in cache.
-void activate_block(const Problem& p, long r0, int rows, int n0) {
-  auto f = p.activation == SILU         ? activate<SILU>
-           : p.activation == GELU_EXACT ? activate<GELU_EXACT>
-           : p.activation == GELU_TANH  ? activate<GELU_TANH>
-                                        : activate<GELU_QUICK>;
-  f(p.y + r0 * p.row + n0, p.row, rows, least(panel_width(p.N, n0), p.N - n0));
-}
-
-// y = a gelu(g) for `rows` rows and the columns of the panel n0; a and g [row][PANEL]
-void gate_block(const Problem& p, long r0, int rows, int n0, const float* a, const float* g) {
-  int half = p.N / 2;
-  for (int r = 0; r < rows; r++)
-    for (int v = 0; v < least(PANEL, half - n0); v += VL)
-      store_first(p.y + (r0 + r) * p.row + n0 + v, load(a + r * PANEL + v) * activated<GELU_EXACT>(load(g + r * PANEL + v)),
-                  half - n0 - v);
-}
 
 // Rows k..k + 16 count of the panel n0 as [k][width].
 void pack_panel(const Weights& w, int n0, int k, int count, float* out) {
@@ -86,143 +32,252 @@ void pack_panel(const Weights& w, int n0, int k, int count, float* out) {
   for (int i = 0; i < count; i++) pack_block(w, (k + i) * BLOCK, n0, width, out + (long)i * BLOCK * width);
 }
 
-// Both ways to compute y: see the top. `first` and `second` are W, or its halves of outputs for GEGLU.
-struct Layer {
-  Problem p;
-  const float* x;
-  long M;
-  Weights first, second;
-  bool halves;
-  int columns, kb, np;
+// Where the sums of a panel go, from some row on.
+struct Sums {
+  float* to;
+  long row;
 };
 
+// `rows` packed rows times `count` blocks of 16 rows from block k of a panel whose first `columns` columns count.
+void one_pass(const float* a, long channel, int rows, int k, int count, const float* panel, int columns, const Sums& s,
+              const float* bias, const float* residual) {
+  long offsets[K_PASS / BLOCK];
+  for (int i = 0; i < count; i++) offsets[i] = (k + i) * channel;
+  float added[PANEL];
+  bool first = k == 0;
+  if (bias && first)
+    for (int v = 0; v < PANEL; v += VL) store(added + v, load_first(bias + v, columns - v));
+  multiply(a, rows, offsets, count, panel, panel_width(columns, 0), Tile{s.to, 0, s.row, columns, !first,
+           first && bias ? added : nullptr, first ? residual : nullptr});
+}
+
+// The same over all kb blocks of k, one pass after the other; one even if there is nothing to add up.
+void all_passes(const float* a, long channel, int rows, int kb, const float* panel, int columns, const Sums& s,
+                const float* bias, const float* residual) {
+  for (int k = 0; k == 0 || k < kb; k += K_PASS / BLOCK)
+    one_pass(a, channel, rows, k, least(K_PASS / BLOCK, kb - k), panel + (long)k * BLOCK * panel_width(columns, 0), columns,
+             s, bias, residual);
+}
+
+// A layer's forward pass as its tasks see it. A side is one half of the outputs of GEGLU; other layers have one side.
+struct Layer {
+  const Linear& l;
+  int sides, columns, kb, np;  // columns of y and of each side, blocks of K, panels of a side
+  explicit Layer(const Linear& l)
+      : l(l), sides(l.activation == GEGLU ? 2 : 1), columns(l.N / sides), kb(blocks(l.K)), np(panels(columns)) {}
+  Weights weights(int side) const {
+    return {l.w + side * columns, l.K, columns, l.transposed ? l.K : l.N, l.transposed};
+  }
+  int left(int n) const { return columns - n * PANEL; }
+  const float* bias(int side, int n) const { return l.bias ? l.bias + side * columns + n * PANEL : nullptr; }
+  const float* residual(long r0, int n) const { return l.residual ? l.residual + r0 * l.N + n * PANEL : nullptr; }
+  // z if it is kept; else y, but for GEGLU a buffer [row][PANEL] of this side.
+  Sums sums(int side, long r0, int n, float* buffer) const {
+    if (l.z) return {l.z + r0 * l.N + side * columns + n * PANEL, l.N};
+    if (sides == 2) return {buffer, PANEL};
+    return {l.y + r0 * columns + n * PANEL, columns};
+  }
+};
+
+template <int KIND>
+void activate(const Sums& z, const Sums& g, float* y, long row, int rows, int n) {
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < least(PANEL, n); v += VL) {
+      vf a = load_first(z.to + r * z.row + v, n - v);
+      if constexpr (KIND == GEGLU)
+        a *= activated<GELU_EXACT>(load_first(g.to + r * g.row + v, n - v));
+      else
+        a = activated<KIND>(a);
+      store_first(y + r * row + v, a, n - v);
+    }
+}
+
+// What follows the products of a panel, while they are in cache.
+void finish(const Layer& d, long r0, int rows, int n, const Sums& z, const Sums& g) {
+  if (d.l.activation == NO_ACTIVATION) return;
+  auto f = d.l.activation == SILU         ? activate<SILU>
+           : d.l.activation == GELU_EXACT ? activate<GELU_EXACT>
+           : d.l.activation == GELU_TANH  ? activate<GELU_TANH>
+           : d.l.activation == GELU_QUICK ? activate<GELU_QUICK>
+                                          : activate<GEGLU>;
+  f(z, g, d.l.y + r0 * d.columns + n * PANEL, d.columns, rows, d.left(n));
+}
+
 void few_rows(const Layer& d) {
-  const Problem& p = d.p;
-  int T = num_threads(), sides = d.halves ? 2 : 1, pass = FEW_K_PASS / BLOCK;
-  int together = most(1, least(FEW_PANELS / sides, d.np / (2 * T)));  // panels of y a task
-  int tiles = (d.M + ROWS - 1) / ROWS;
-  long channel = d.M * BLOCK + BLOCK, chunk = (long)least(pass, d.kb) * BLOCK * PANEL;
-  long products = d.halves ? d.M * PANEL : 0, lane_size = sides * together * (chunk + products);
+  const Linear& l = d.l;
+  int T = num_threads(), pass = FEW_K_PASS / BLOCK, M = (int)l.M;
+  int together = most(1, least(FEW_PANELS / d.sides, d.np / (2 * T)));  // panels of y a task
+  int tiles = (M + ROWS - 1) / ROWS;
+  long channel = (long)M * BLOCK + BLOCK, chunk = (long)least(pass, d.kb) * BLOCK * PANEL;
+  long products = d.sides == 2 && !l.z ? (long)M * PANEL : 0, lane_size = d.sides * together * (chunk + products);
   float* packed = scratch(d.kb * channel + T * lane_size);
   float* lanes = packed + d.kb * channel;
-  int fills = least(d.M, 4 * T);
+  int fills = least(M, 4 * T);
   parallel(fills, [&](int task, int) {
-    long r0 = d.M * task / fills, r1 = d.M * (task + 1) / fills;
-    pack_rows(d.x + r0 * p.K, p.K, p.K, r1 - r0, 1, packed + r0 * BLOCK, channel);
+    long r0 = (long)M * task / fills, r1 = (long)M * (task + 1) / fills;
+    pack_rows(l.x + r0 * l.K, l.K, l.K, r1 - r0, 1, packed + r0 * BLOCK, channel);
   });
   parallel((d.np + together - 1) / together, [&](int task, int lane) {
-    int n = task * together, count = least(together, d.np - n);
-    float* panels = lanes + lane * lane_size;
-    float* buffer = panels + sides * together * chunk;  // of GEGLU: the products of each panel, [row][PANEL]
+    int first = task * together, count = least(together, d.np - first);
+    float* chunks = lanes + lane * lane_size;
+    float* buffer = chunks + d.sides * together * chunk;
     for (int k = 0; k == 0 || k < d.kb; k += pass) {
       int depth = least(pass, d.kb - k);
-      for (int i = 0; i < sides * count; i++)
-        pack_panel(i < count ? d.first : d.second, (n + i % count) * PANEL, k, depth, panels + i * chunk);
+      for (int i = 0; i < d.sides * count; i++)
+        pack_panel(d.weights(i / count), (first + i % count) * PANEL, k, depth, chunks + i * chunk);
       for (int t = 0; t < tiles; t++) {
-        long r0 = d.M * t / tiles, r1 = d.M * (t + 1) / tiles;
-        for (int i = 0; i < sides * count; i++) {
-          int n0 = (n + i % count) * PANEL, half = i < count ? 0 : d.columns;
-          Problem to = p;
-          if (d.halves) to.y = buffer + i * products - n0, to.row = PANEL;
-          one_pass(to, packed + r0 * BLOCK, channel, r0, r1 - r0, k, depth, panels + i * chunk, n0, d.columns, half);
+        long r0 = (long)M * t / tiles, r1 = (long)M * (t + 1) / tiles;
+        for (int i = 0; i < d.sides * count; i++) {
+          int side = i / count, n = first + i % count;
+          one_pass(packed + r0 * BLOCK, channel, r1 - r0, k, depth, chunks + i * chunk, d.left(n),
+                   d.sums(side, r0, n, buffer + i * products + r0 * PANEL), d.bias(side, n), d.residual(r0, n));
         }
       }
     }
     for (int i = 0; i < count; i++)
-      if (d.halves)
-        gate_block(p, 0, d.M, (n + i) * PANEL, buffer + i * products, buffer + (count + i) * products);
-      else if (p.activation != NO_ACTIVATION)
-        activate_block(p, 0, d.M, (n + i) * PANEL);
+      finish(d, 0, M, first + i, d.sums(0, 0, first + i, buffer + i * products),
+             d.sums(1, 0, first + i, buffer + (count + i) * products));
   });
 }
 
 void many_rows(const Layer& d) {
-  const Problem& p = d.p;
+  const Linear& l = d.l;
   int T = num_threads();
-  long panel = (long)d.kb * BLOCK * PANEL, of_panel = panel * (d.halves ? 2 : 1);
-  long per_task = most(ROWS, least(16 * ROWS, ROWS_BYTES / (4L * most(1, d.kb) * BLOCK)) / ROWS * ROWS);
-  long tasks = (d.M + per_task - 1) / per_task;
-  if (tasks < 4 * T) tasks = least(4 * T, (d.M + ROWS - 1) / ROWS);
-  per_task = (d.M + tasks - 1) / tasks;
-  long channel = per_task * BLOCK + BLOCK, products = d.halves ? per_task * PANEL : 0;
+  long panel = (long)d.kb * BLOCK * PANEL, per_task = ROWS_BYTES / (4L * most(1, d.kb) * BLOCK);
+  per_task = most(ROWS, least(16 * ROWS, per_task) / ROWS * ROWS);
+  long tasks = (l.M + per_task - 1) / per_task;
+  if (tasks < 4 * T) tasks = least(4 * T, (l.M + ROWS - 1) / ROWS);
+  per_task = (l.M + tasks - 1) / tasks;
+  long channel = per_task * BLOCK + BLOCK, products = d.sides == 2 && !l.z ? per_task * PANEL : 0;
   long lane_size = d.kb * channel + 2 * products;
-  float* packed = scratch(d.np * of_panel + T * lane_size);
-  float* lanes = packed + d.np * of_panel;
-  parallel(d.np, [&](int n, int) {
-    pack_panel(d.first, n * PANEL, 0, d.kb, packed + n * of_panel);
-    if (d.halves) pack_panel(d.second, n * PANEL, 0, d.kb, packed + n * of_panel + panel);
+  float* packed = scratch(d.sides * d.np * panel + T * lane_size);
+  float* lanes = packed + d.sides * d.np * panel;
+  parallel(d.sides * d.np, [&](int i, int) {
+    pack_panel(d.weights(i / d.np), i % d.np * PANEL, 0, d.kb, packed + i * panel);
   });
   parallel(tasks, [&](int task, int lane) {
-    long r0 = d.M * task / tasks, r1 = d.M * (task + 1) / tasks;
-    float *mine = lanes + lane * lane_size, *a = mine + d.kb * channel, *g = a + products;
-    pack_rows(d.x + r0 * p.K, p.K, p.K, r1 - r0, 1, mine, channel);
+    long r0 = l.M * task / tasks, r1 = l.M * (task + 1) / tasks;
+    float *mine = lanes + lane * lane_size, *buffer = mine + d.kb * channel;
+    pack_rows(l.x + r0 * l.K, l.K, l.K, r1 - r0, 1, mine, channel);
     for (int n = 0; n < d.np; n++) {
-      int n0 = n * PANEL;
-      const float* w = packed + n * of_panel;
-      if (!d.halves) {
-        rows_by_panel(p, mine, channel, r0, r1 - r0, w, n0, d.columns, 0);
-        if (p.activation != NO_ACTIVATION) activate_block(p, r0, r1 - r0, n0);
-        continue;
-      }
-      Problem to{p.bias, nullptr, p.K, p.N, NO_ACTIVATION, a - n0, PANEL};
-      rows_by_panel(to, mine, channel, 0, r1 - r0, w, n0, d.columns, 0);
-      to.y = g - n0;
-      rows_by_panel(to, mine, channel, 0, r1 - r0, w + panel, n0, d.columns, d.columns);
-      gate_block(p, r0, r1 - r0, n0, a, g);
+      Sums s[2] = {d.sums(0, r0, n, buffer), d.sums(1, r0, n, buffer + products)};
+      for (int side = 0; side < d.sides; side++)
+        all_passes(mine, channel, r1 - r0, d.kb, packed + (side * d.np + n) * panel, d.left(n), s[side], d.bias(side, n),
+                   d.residual(r0, n));
+      finish(d, r0, r1 - r0, n, s[0], s[1]);
     }
   });
 }
 
-}  // namespace
-
-void linear(float* y, const float* x, const float* w, const float* bias, const float* residual, long M, int K, int N,
-            bool transposed, int activation) {
-  bool halves = activation == GEGLU;
-  int columns = halves ? N / 2 : N;
-  if (M * columns == 0) return;
-  Layer d{{bias, residual, K, N, activation, y, columns},
-             x,
-             M,
-             {w, K, columns, transposed ? K : N, transposed},
-             {w + columns, K, columns, N, false},
-             halves,
-             columns,
-             blocks(K),
-             panels(columns)};
-  bool large_w = 4L * K * N > LARGE_W && 4L * M * K <= X_IN_CACHE;
-  M <= FEW_ROWS || large_w ? few_rows(d) : many_rows(d);
+template <int KIND>
+INLINE vf slope_of(vf z) {
+  vf phi, slope;
+  gate<KIND>(z, phi, slope);
+  return phi + z * slope;
+}
+template <int KIND>
+void gradient_row(const float* dy, const float* z, int columns, float* dz) {
+  for (int c = 0; c < columns; c += VL) {
+    vf d = load_first(dy + c, columns - c), a = load_first(z + c, columns - c);
+    if constexpr (KIND == GEGLU) {
+      vf g = load_first(z + columns + c, columns - c), phi, slope;
+      gate<GELU_EXACT>(g, phi, slope);
+      store_first(dz + c, d * g * phi, columns - c);
+      store_first(dz + columns + c, d * a * (phi + g * slope), columns - c);
+    } else {
+      store_first(dz + c, d * slope_of<KIND>(a), columns - c);
+    }
+  }
 }
 
-void linear_weight_gradient(float* dw, const float* x, const float* dy, long M, int K, int N) {
-  if (M == 0) {
+}  // namespace
+
+void linear(const Linear& l) {
+  Layer d(l);
+  if (l.M * d.columns == 0) return;
+  bool large_w = 4L * l.K * l.N > LARGE_W && 4L * l.M * l.K <= X_IN_CACHE;
+  l.M <= FEW_ROWS || large_w ? few_rows(d) : many_rows(d);
+}
+
+void linear_backward(const Linear& l, const float* dy, float* dx, float* dw, float* db) {
+  constexpr long BAND_BYTES = 4 << 20, STEP = 256;  // STEP rows of a panel stay in the first-level cache
+  constexpr int FILL = 32;                          // rows a task packs and sums; fixed, whatever the threads
+  int K = l.K, N = l.N, kb = blocks(K), nb = blocks(N), np = panels(N), kp = panels(K), T = num_threads();
+  if (db) memset(db, 0, sizeof(float) * N);
+  if (l.M == 0 || N == 0) {
     memset(dw, 0, sizeof(float) * K * N);
+    if (dx) memset(dx, 0, sizeof(float) * l.M * K);
     return;
   }
-  constexpr long PASS_BYTES = 4 << 20, BAND = 256;  // rows whose gradient stays in the first-level cache
-  int kb = blocks(K), np = panels(N), T = num_threads();
-  long rows = most(BAND, PASS_BYTES / (4L * (kb * BLOCK + np * PANEL)) / BAND * BAND);
-  rows = least(rows, round_up(M, BAND));
-  long channel = rows * BLOCK + BLOCK, panel = rows * PANEL + BLOCK;
-  float* a = scratch(kb * channel + np * panel);
-  float* d = a + kb * channel;
+  int columns = l.activation == GEGLU ? N / 2 : N;
+  auto gradient = l.activation == SILU         ? gradient_row<SILU>
+                  : l.activation == GELU_EXACT ? gradient_row<GELU_EXACT>
+                  : l.activation == GELU_TANH  ? gradient_row<GELU_TANH>
+                  : l.activation == GELU_QUICK ? gradient_row<GELU_QUICK>
+                                               : gradient_row<GEGLU>;
+  long band = BAND_BYTES / (4L * (kb * BLOCK + np * PANEL + (dx ? nb * BLOCK : 0)));
+  band = least(most(STEP, band / STEP * STEP), round_up(l.M, FILL));
+  long x_channel = band * BLOCK + BLOCK, z_panel = band * PANEL + BLOCK, z_channel = x_channel;
+  long w_panel = dx ? (long)nb * BLOCK * PANEL : 0, row = l.activation != NO_ACTIVATION ? round_up(N, BLOCK) : 0;
+  int fills_of_band = (int)((band + FILL - 1) / FILL);
+  float* xs = scratch(kb * x_channel + np * z_panel + (dx ? nb * z_channel : 0) + kp * w_panel +
+                      (long)fills_of_band * np * PANEL + T * row);
+  float* zs = xs + kb * x_channel;                // dz in panels, for dW
+  float* zb = zs + np * z_panel;                  // dz in blocks, for dx
+  float* wt = zb + (dx ? nb * z_channel : 0);     // W^T in panels
+  float* sums = wt + kp * w_panel;                // of dz over the rows of each fill
+  float* rows = sums + (long)fills_of_band * np * PANEL;
+  Weights transposed{l.w, N, K, N, true};
+  if (dx) parallel(kp, [&](int n, int) { pack_panel(transposed, n * PANEL, 0, nb, wt + n * w_panel); });
   int kparts = least(kb, (4 * T + np - 1) / np);
-  for (long r0 = 0; r0 < M; r0 += rows) {
-    long n_rows = least(rows, M - r0);
-    int fills = least(n_rows, 4 * T);
-    parallel(fills, [&](int task, int) {
-      long q0 = n_rows * task / fills, q1 = n_rows * (task + 1) / fills;
-      pack_rows(x + (r0 + q0) * K, K, K, q1 - q0, 1, a + q0 * BLOCK, channel);
-      for (long r = q0; r < q1; r++)
-        for (int n = 0; n < N; n += VL)
-          store(d + n / PANEL * panel + r * PANEL + n % PANEL, load_first(dy + (r0 + r) * N + n, N - n));
+  for (long r0 = 0; r0 < l.M; r0 += band) {
+    long many = least(band, l.M - r0);
+    int fills = (int)((many + FILL - 1) / FILL);
+    parallel(fills, [&](int task, int lane) {
+      long q0 = (long)task * FILL, q1 = least(many, q0 + FILL);
+      pack_rows(l.x + (r0 + q0) * K, K, K, q1 - q0, 1, xs + q0 * BLOCK, x_channel);
+      for (long q = q0; q < q1; q++) {
+        const float* dz = dy + (r0 + q) * columns;
+        if (row) {
+          gradient(dz, l.z + (r0 + q) * N, columns, rows + lane * row);
+          dz = rows + lane * row;
+        }
+        for (int n = 0; n < N; n += VL) {
+          vf v = load_first(dz + n, N - n);
+          store(zs + n / PANEL * z_panel + q * PANEL + n % PANEL, v);
+          if (dx) store(zb + n / BLOCK * z_channel + q * BLOCK + n % BLOCK, v);
+        }
+        if (dx)  // the last block's channels behind N
+          for (int n = (int)round_up(N, VL); n < nb * BLOCK; n += VL)
+            store(zb + n / BLOCK * z_channel + q * BLOCK + n % BLOCK, (vf){});
+      }
+      if (db)
+        for (int n = 0; n < N; n += VL) {
+          vf s = {};
+          for (long q = q0; q < q1; q++) s += load(zs + n / PANEL * z_panel + q * PANEL + n % PANEL);
+          store(sums + (long)task * np * PANEL + n, s);
+        }
     });
+    if (db)
+      for (int task = 0; task < fills; task++)
+        for (int n = 0; n < N; n += VL)
+          store_first(db + n, load_first(db + n, N - n) + load(sums + (long)task * np * PANEL + n), N - n);
     parallel(np * kparts, [&](int task, int) {
-      int n0 = task / kparts * PANEL, width = panel_width(N, n0);
+      int n = task / kparts, n0 = n * PANEL, width = panel_width(N, n0);
       int c0 = kb * (task % kparts) / kparts, c1 = kb * (task % kparts + 1) / kparts;
-      for (long q = 0; q < n_rows; q += BAND)
+      for (long q = 0; q < many; q += STEP)
         for (int k = c0; k < c1; k++)
-          outer_block(a + k * channel + q * BLOCK, 0, d + n0 / PANEL * panel + q * PANEL, 0, 1, least(BAND, n_rows - q),
+          outer_block(xs + k * x_channel + q * BLOCK, 0, zs + n * z_panel + q * PANEL, 0, 1, least(STEP, many - q),
                       dw + (long)k * BLOCK * N + n0, N, K - k * BLOCK, width, N - n0, r0 + q > 0);
+    });
+    if (!dx) continue;
+    int parts = (int)round_up((many + 4 * ROWS - 1) / (4 * ROWS), T);
+    parallel(parts, [&](int task, int) {
+      long q0 = many * task / parts, q1 = many * (task + 1) / parts;
+      if (q1 > q0)
+        for (int n = 0; n < kp; n++)
+          all_passes(zb + q0 * BLOCK, z_channel, q1 - q0, nb, wt + n * w_panel, K - n * PANEL,
+                     {dx + (r0 + q0) * K + n * PANEL, K}, nullptr, nullptr);
     });
   }
 }

@@ -19,4 +19,12 @@ void reset_peak();
 void release_memory();
 bool install_allocator();  // false with a Python error set
 
+// Floats from the same cache, until the end of the block.
+struct Temporary {
+  float* data;
+  explicit Temporary(size_t floats);
+  ~Temporary();
+  Temporary(const Temporary&) = delete;
+};
+
 }  // namespace minidiff

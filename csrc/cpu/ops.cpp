@@ -62,6 +62,14 @@ bool is_linear(const Conv& c) {
   return c.kh == 1 && c.kw == 1 && c.stride == 1 && c.up == 1 && !c.shift && c.H == c.h && c.W == c.w;
 }
 
+// Of its first input or its second, as a linear layer.
+Linear one_by_one(const Conv& c, int input) {
+  Linear l;
+  l.x = input ? c.x2 : c.x, l.w = c.weights + (input ? (long)c.C1 * c.N : 0);
+  l.M = (long)c.B * c.H * c.W, l.K = input ? c.C2 : c.C1, l.N = c.N;
+  return l;
+}
+
 int kind_of(const Check& check, const std::string& kind, const char* argument) {
   const char* names[] = {"silu", "gelu_exact", "gelu_tanh", "gelu_quick"};
   for (int i = 0; i < 4; i++)
@@ -86,10 +94,15 @@ void conv2d_forward(View y, View x, View x2, View w, View b, View shift, View re
   c.algorithm = algorithm;
   if (prepared) c.prepared = check.in(prepared, "prepared", {in_use->prepared_size(c)});
   if (!is_linear(c)) return in_use->conv2d(c);
-  long rows = (long)c.B * c.H * c.W;
-  int activation = silu ? SILU : NO_ACTIVATION;
-  in_use->linear(c.y, c.x, c.weights, c.bias, c.residual, rows, c.C1, c.N, false, c.x2 ? NO_ACTIVATION : activation);
-  if (c.x2) in_use->linear(c.y, c.x2, c.weights + (long)c.C1 * c.N, nullptr, c.y, rows, c.C2, c.N, false, activation);
+  Linear l = one_by_one(c, 0);
+  l.bias = c.bias, l.residual = c.residual, l.y = c.y;
+  if (silu && !c.x2) l.activation = SILU;
+  in_use->linear(l);
+  if (!c.x2) return;
+  l = one_by_one(c, 1);
+  l.residual = l.y = c.y;
+  if (silu) l.activation = SILU;
+  in_use->linear(l);
 }
 
 void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, View x2, View w, int stride, Sides sides,
@@ -100,40 +113,30 @@ void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, V
   const float* g = check.in(dy, "dy", {c.B, c.H, c.W, c.N});
   long positions = (long)c.H * c.W;
   if (dshift) in_use->column_sums(check.out(dshift, "dshift", {c.B, c.N}), g, c.B, positions, c.N);
-  if (dw) {
-    float* out = check.out(dw, "dw", w.shape);
-    if (is_linear(c)) {
-      in_use->linear_weight_gradient(out, c.x, g, c.B * positions, c.C1, c.N);
-      if (c.x2) in_use->linear_weight_gradient(out + (long)c.C1 * c.N, c.x2, g, c.B * positions, c.C2, c.N);
-    } else {
-      in_use->conv2d_weight_gradient(c, g, out);
-    }
+  float* into_w = dw ? check.out(dw, "dw", w.shape) : nullptr;
+  float* into[2] = {dx ? check.out(dx, "dx", {c.B, c.h, c.w, c.C1}) : nullptr,
+                    dx2 ? check.out(dx2, "dx2", {c.B, c.h, c.w, c.C2}) : nullptr};
+  if (is_linear(c) && dw) {
+    in_use->linear_backward(one_by_one(c, 0), g, into[0], into_w, nullptr);
+    if (c.x2) in_use->linear_backward(one_by_one(c, 1), g, into[1], into_w + (long)c.C1 * c.N, nullptr);
+    return;
   }
+  if (dw) in_use->conv2d_weight_gradient(c, g, into_w);
   // dx is the convolution of dy, its pixels `stride` apart, with the kernel turned round; then each square of an
   // upsampled image is summed.
-  int first = 0;
-  for (const View* target : {&dx, &dx2}) {
-    int channels = target == &dx ? c.C1 : c.C2;
-    if (*target) {
-      float* out = check.out(*target, target == &dx ? "dx" : "dx2", {c.B, c.h, c.w, channels});
-      if (is_linear(c)) {
-        const float* w = c.weights + (long)first * c.N;
-        in_use->linear(out, g, w, nullptr, nullptr, c.B * positions, c.N, channels, true, NO_ACTIVATION);
-        first += channels;
-        continue;
-      }
+  for (int input = 0; input < 2; input++)
+    if (into[input]) {
+      int channels = input ? c.C2 : c.C1, first = input ? c.C1 : 0;
       Conv d;
       d.x = g, d.B = c.B, d.h = c.H, d.w = c.W, d.C1 = c.N, d.spread = c.stride;
       d.weights = c.weights, d.kh = c.kh, d.kw = c.kw, d.flipped = true, d.all_N = c.C1 + c.C2, d.first_N = first;
       d.top = c.kh - 1 - c.top, d.left = c.kw - 1 - c.left;
       d.H = c.h * c.up, d.W = c.w * c.up, d.N = channels, d.algorithm = algorithm;
-      std::vector<float> large(c.up > 1 ? (size_t)d.B * d.H * d.W * d.N : 0);
-      d.y = c.up > 1 ? large.data() : out;
+      Temporary large(c.up > 1 ? (size_t)d.B * d.H * d.W * d.N : 0);
+      d.y = c.up > 1 ? large.data : into[input];
       in_use->conv2d(d);
-      if (c.up > 1) in_use->pool_sum(out, large.data(), d.B, c.h, c.w, channels, c.up);
+      if (c.up > 1) in_use->pool_sum(into[input], large.data, d.B, c.h, c.w, channels, c.up);
     }
-    first += channels;
-  }
 }
 
 int64_t conv2d_prepared_size(View w, int B, int height, int width, int stride, Sides sides, int upsample) {
@@ -148,25 +151,34 @@ void conv2d_prepare(View prepared, View w, int B, int height, int width, int str
   in_use->prepare(c, check.out(prepared, "prepared", {in_use->prepared_size(c)}));
 }
 
-void linear_forward(View y, View x, View w, View b, View residual, const std::string& activation) {
-  Check check{"linear_forward"};
+static Linear layer(const Check& check, const View& x, const View& w, const std::string& activation) {
   check.array(x, "x", {ANY, ANY});
   int64_t M = x.shape[0], K = x.shape[1];
   check.array(w, "w", {K, ANY});
-  int64_t N = w.shape[1];
-  int kind = activation == "" ? NO_ACTIVATION : activation == "geglu" ? GEGLU : kind_of(check, activation, "activation");
-  check.that(kind != GEGLU || (N % 2 == 0 && !residual), "activation", "geglu needs an even number of outputs, and no residual");
-  in_use->linear(check.out(y, "y", {M, kind == GEGLU ? N / 2 : N}), (const float*)x.data, (const float*)w.data,
-                 check.maybe(b, "b", {N}), check.maybe(residual, "residual", {M, N}), M, K, N, false, kind);
+  Linear l;
+  l.x = (const float*)x.data, l.w = (const float*)w.data, l.M = M, l.K = K, l.N = w.shape[1];
+  l.activation = activation == "" ? NO_ACTIVATION : activation == "geglu" ? GEGLU : kind_of(check, activation, "activation");
+  check.that(l.activation != GEGLU || l.N % 2 == 0, "activation", "geglu needs an even number of outputs");
+  return l;
 }
-void linear_backward(View dx, View dw, View db, View dy, View x, View w) {
+void linear_forward(View y, View z, View x, View w, View b, View residual, const std::string& activation) {
+  Check check{"linear_forward"};
+  Linear l = layer(check, x, w, activation);
+  l.y = check.out(y, "y", {l.M, l.activation == GEGLU ? l.N / 2 : l.N});
+  if (z) l.z = check.out(z, "z", {l.M, l.N});
+  l.bias = check.maybe(b, "b", {l.N});
+  l.residual = check.maybe(residual, "residual", {l.M, l.N});
+  check.that(!z || l.activation != NO_ACTIVATION, "z", "is only there with an activation");
+  check.that(!residual || l.activation != GEGLU, "residual", "and geglu exclude each other");
+  in_use->linear(l);
+}
+void linear_backward(View dx, View dw, View db, View dy, View z, View x, View w, const std::string& activation) {
   Check check{"linear_backward"};
-  check.array(w, "w", {ANY, ANY});
-  int64_t K = w.shape[0], N = w.shape[1], M = rows_of(x);
-  const float *in = check.in(x, "x", {M, K}), *g = check.in(dy, "dy", {M, N});
-  if (dx) in_use->linear(check.out(dx, "dx", {M, K}), g, (const float*)w.data, nullptr, nullptr, M, N, K, true, NO_ACTIVATION);
-  in_use->linear_weight_gradient(check.out(dw, "dw", {K, N}), in, g, M, K, N);
-  if (db) in_use->column_sums(check.out(db, "db", {N}), g, 1, M, N);
+  Linear l = layer(check, x, w, activation);
+  const float* g = check.in(dy, "dy", {l.M, l.activation == GEGLU ? l.N / 2 : l.N});
+  if (l.activation != NO_ACTIVATION) l.z = (float*)check.in(z, "z", {l.M, l.N});
+  in_use->linear_backward(l, g, dx ? check.out(dx, "dx", {l.M, l.K}) : nullptr, check.out(dw, "dw", {l.K, l.N}),
+                          db ? check.out(db, "db", {l.N}) : nullptr);
 }
 
 static GroupNorm group_norm(const Check& check, const View& x, const View& x2, const View& gain, const View& offset,

@@ -11,8 +11,8 @@ void conv2d_weight_gradient(const Conv&, const float* dy, float* dw);
 long prepared_size(const Conv&);
 void prepare(const Conv&, float*);
 void pool_sum(float* y, const float* x, int B, int h, int w, int C, int factor);
-void linear(float*, const float*, const float*, const float*, const float*, long, int, int, bool, int);
-void linear_weight_gradient(float*, const float*, const float*, long, int, int);
+void linear(const Linear&);
+void linear_backward(const Linear&, const float*, float*, float*, float*);
 void column_sums(float*, const float*, int, long, int);
 void group_norm_forward(const GroupNorm&);
 void group_norm_backward(const GroupNorm&);
@@ -58,7 +58,7 @@ static const Kernels table = {
 #define MINIDIFF_NAME(x) #x
 #define MINIDIFF_STRING(x) MINIDIFF_NAME(x)
     MINIDIFF_STRING(MINIDIFF_ISA), conv2d, conv2d_weight_gradient, prepared_size, prepare, pool_sum,
-    linear, linear_weight_gradient, column_sums, group_norm_forward, group_norm_backward, layer_norm_forward,
+    linear, linear_backward, column_sums, group_norm_forward, group_norm_backward, layer_norm_forward,
     layer_norm_backward, attention_forward, attention_backward, pointwise_forward, pointwise_backward, geglu_forward,
     geglu_backward, add, squared_distance, scaled_difference, sum_of_squares, adamw, momentum, descend, orthogonalise, normal, peak};
 
