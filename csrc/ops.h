@@ -70,6 +70,12 @@ void descend(std::vector<View> p, std::vector<View> u, std::vector<View> ema, do
 // For each g (rows, n), rows >= n, the x of the same shape with its singular vectors and singular values near 1.
 void orthogonalise(std::vector<View> x, std::vector<View> g);
 
+// Guidance, the predicted image and the step, of one-dimensional arrays; eps_uncond? and z? may be missing:
+//   eps = eps_uncond + w (eps_cond - eps_uncond),   x0 = (x_t - noise eps) / signal,
+//   with a clip: x0 held within it and eps = (x_t - signal x0) / noise,   x_prev = of_x0 x0 + of_eps eps + of_z z
+void reverse_step(View x_prev, View x0, View eps, View x_t, View eps_cond, View eps_uncond, View z, double w, double signal,
+                  double noise, double clip, double of_x0, double of_eps, double of_z);
+
 // out (samples, elements): standard normal numbers, the elements counted in C order; see minidiff/random.py
 void normal(View out, std::vector<int64_t> samples, uint64_t seed, uint32_t step, uint32_t purpose);
 

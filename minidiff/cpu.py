@@ -309,6 +309,17 @@ def descend(
 
 
 @_op
+def reverse_step(
+    x_t: Array, eps_cond: Array, eps_uncond: Array | None, z: Array | None, w: float, signal: float, noise: float,
+    clip: float | None, of_x0: float, of_eps: float, of_z: float,
+) -> Any:  # fmt: skip
+    results = tuple(np.empty(x_t.shape, np.float32) for _ in range(3))
+    arrays = (None if a is None else a.reshape(-1) for a in (*results, x_t, eps_cond, eps_uncond, z))
+    _cpu.reverse_step(*arrays, w, signal, noise, clip or 0.0, of_x0, of_eps, of_z)
+    return results
+
+
+@_op
 def normal(seed: int, samples: Sequence[int], step: int, purpose: int, shape: tuple[int, ...]) -> np.ndarray:
     check_counters(seed, samples, step)
     out = np.empty((len(samples), *shape), np.float32)

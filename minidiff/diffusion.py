@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minidiff import ops
-from minidiff.backend import Array, array_module
+from minidiff.backend import Array, array_module, kernel
 from minidiff.schedule import Schedule, per_sample
 from minidiff.tensor import Tensor, as_array, no_grad
 
@@ -183,10 +183,36 @@ def ddim_step(
     x0 and eps: the predicted image and noise, which together make x_t. eta = 0 is deterministic, eta = 1 is DDPM with
     the small sigma. DDIM, equations 12 and 16.
     """
+    of_x0, of_eps, of_z = (per_sample(c, x0) for c in ddim_coefficients(t, eta, schedule, t_prev))
+    return of_x0 * x0 + of_eps * eps + of_z * z
+
+
+def ddim_coefficients(
+    t: Array, eta: float, schedule: Schedule, t_prev: Array | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `ddim_step` multiplies x0, eps and z by."""
     _, _, _, alpha_bar_prev = schedule.between(t, t_prev)
     s = eta * sigma(t, schedule, "small", t_prev)
-    towards = np.sqrt(np.maximum(1 - alpha_bar_prev - s**2, 0))
-    return per_sample(np.sqrt(alpha_bar_prev), x0) * x0 + per_sample(towards, x0) * eps + per_sample(s, x0) * z
+    return np.sqrt(alpha_bar_prev), np.sqrt(np.maximum(1 - alpha_bar_prev - s**2, 0)), s
+
+
+@kernel
+def reverse_step(
+    x_t: Array, eps_cond: Array, eps_uncond: Array | None, z: Array | None, w: float, signal: float, noise: float,
+    clip: float | None, of_x0: float, of_eps: float, of_z: float,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Guidance, predicted image and step in one pass: (x_prev, x0, eps), x_prev = of_x0 x0 + of_eps eps + of_z z.
+
+    It serves every sampler whose step is linear in these. x_t = signal x0 + noise eps: signal = sqrt(alpha_bar_t),
+    noise = sqrt(1 - alpha_bar_t). eps_uncond: None where eps_cond is the whole prediction. clip: as in `clip_x0`, or None.
+    """
+    eps = eps_cond if eps_uncond is None else classifier_free_guidance(eps_cond, eps_uncond, w)
+    x0 = (x_t - noise * eps) / signal
+    if clip is not None:
+        x0 = array_module(x_t).clip(x0, -clip, clip)
+        eps = (x_t - signal * x0) / noise
+    x_prev = of_x0 * x0 + of_eps * eps
+    return x_prev if z is None else x_prev + of_z * z, x0, eps
 
 
 def classifier_free_guidance(eps_cond: Array, eps_uncond: Array, w: float) -> Array:
@@ -202,22 +228,29 @@ def classifier_free_guidance(eps_cond: Array, eps_uncond: Array, w: float) -> Ar
 
 
 def guided_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: float) -> Array:
-    """eps_theta with guidance: both predictions from one batch of twice the size; one alone for w = 0 or 1.
+    """eps_theta with guidance.
 
     cond and uncond are (tokens (B, L, D), mask (B, L) or None), or None for a model without text.
     """
+    eps_cond, eps_uncond = both_eps(model, x_t, t, cond, uncond, w)
+    return eps_cond if eps_uncond is None else classifier_free_guidance(eps_cond, eps_uncond, w)
+
+
+def both_eps(
+    model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: float
+) -> tuple[Array, Array | None]:
+    """eps_theta with and without the text, from one batch of twice the size; for w = 0 or 1 one of them, and None."""
     if w != 1 and uncond is None and cond is not None:
         raise ValueError(f"guidance with w = {w} needs the unconditional input too")
     xp = array_module(x_t)
     t = xp.broadcast_to(xp.asarray(t), x_t.shape[:1])
     with no_grad():
         if w == 1 or uncond is None:
-            return as_array(model(x_t, t, cond))
+            return as_array(model(x_t, t, cond)), None
         if w == 0:
-            return as_array(model(x_t, t, uncond))
+            return as_array(model(x_t, t, uncond)), None
         both = as_array(model(xp.concatenate([x_t, x_t]), xp.concatenate([t, t]), join_conditions(cond, uncond)))
-    eps_cond, eps_uncond = both[: len(x_t)], both[len(x_t) :]
-    return classifier_free_guidance(eps_cond, eps_uncond, w)
+    return both[: len(x_t)], both[len(x_t) :]
 
 
 def join_conditions(a: Any, b: Any) -> tuple[Array, Array | None]:

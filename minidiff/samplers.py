@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minidiff.backend import Array
-from minidiff.diffusion import Model, clip_x0, ddim_step, denoise_step, guided_eps, predict_x0
+from minidiff.diffusion import Model, both_eps, clip_x0, ddim_coefficients, denoise_step, predict_x0, reverse_step
 from minidiff.schedule import Schedule
 
 Noise = Callable[[int], Array]
@@ -90,12 +90,12 @@ def ddim(
         raise ValueError("ddim: eta > 0 adds noise; give the `noise` to add")
     x_t = x_T
     for i, (t, t_prev) in enumerate(_pairs(timesteps, schedule)):
-        eps = guided_eps(model, x_t, t, cond, uncond, w)
-        x0 = predict_x0(x_t, t, eps, schedule)
-        if clip is not None:
-            x0, eps = clip_x0(x_t, t, eps, schedule, clip)
-        z = noise(i) if noise is not None and eta > 0 else 0.0
-        x_prev = ddim_step(x0, eps, t, z, eta, schedule, t_prev)
+        eps_cond, eps_uncond = both_eps(model, x_t, t, cond, uncond, w)
+        z = noise(i) if noise is not None and eta > 0 else None
+        alpha_bar = schedule.alpha_bar_at(t)
+        levels = float(np.sqrt(alpha_bar)), float(np.sqrt(1 - alpha_bar))
+        coefficients = map(float, ddim_coefficients(t, eta, schedule, t_prev))
+        x_prev, x0, eps = reverse_step(x_t, eps_cond, eps_uncond, z, w, *levels, clip, *coefficients)
         yield SamplerStep(t, t_prev, x_t, x0, eps, x_prev)
         x_t = x_prev
 

@@ -8,6 +8,7 @@ from minidiff.diffusion import (
     PREDICTIONS,
     classifier_free_guidance,
     clip_x0,
+    ddim_coefficients,
     ddim_step,
     denoise_step,
     denoising_loss,
@@ -21,6 +22,7 @@ from minidiff.diffusion import (
     predict_x0,
     q_sample,
     q_step,
+    reverse_step,
     sigma,
     training_target,
     x0_loss_weight,
@@ -610,3 +612,27 @@ def test_a_weighted_loss_is_the_mean_of_the_weighted_squares():
     t, weight = np.array([1, 5, 9]), np.array([1.0, 2.0, 7.0])
     loss = denoising_loss(lambda *args: Tensor(0 * x0), x0, t, eps, None, cosine(10), "x0", weight)
     assert loss.item() == pytest.approx((weight[:, None] * x0**2).mean())
+
+
+@pytest.mark.usefixtures("kernels_kind")
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("clip", [None, 0.9])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_fused_step_is_guidance_and_ddim(dtype, clip, eta, guided, rng):
+    """Forty odd thousand numbers: more than one task's, and no whole vectors."""
+    s, t, t_prev, w = linear(100), 60, 41, 3.5
+    shapes = [(2, 21, 333, 3)] * 4
+    x_t, cond, uncond, z = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+    eps = cond + (w - 1) * (cond - uncond) if guided else cond
+    x0 = predict_x0(x_t, t, eps, s)
+    if clip is not None:
+        x0, eps = clip_x0(x_t, t, eps, s, clip)
+    wanted = ddim_step(x0, eps, t, z, eta, s, t_prev), x0, eps
+    alpha_bar = s.alpha_bar_at(t)
+    numbers = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), clip, *ddim_coefficients(t, eta, s, t_prev)
+    numbers = [None if n is None else float(n) for n in numbers]
+    got = reverse_step(x_t, cond, uncond if guided else None, z if eta else None, w, *numbers)
+    for actual, reference in zip(got, wanted, strict=True):
+        assert actual.dtype == dtype
+        np.testing.assert_allclose(actual, reference, atol=1e-5 if dtype == "float32" else 1e-13)

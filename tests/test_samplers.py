@@ -256,9 +256,9 @@ def beta_of_the_table(monkeypatch):
 
 
 def model_one_step_behind(monkeypatch):
-    guided = diffusion.guided_eps
+    both = diffusion.both_eps
     for module in (samplers, diffusion):
-        monkeypatch.setattr(module, "guided_eps", lambda model, x, t, *rest: guided(model, x, t - 1, *rest))
+        monkeypatch.setattr(module, "both_eps", lambda model, x, t, *rest: both(model, x, t - 1, *rest))
 
 
 def walk_that_stops_early(monkeypatch):
@@ -267,13 +267,13 @@ def walk_that_stops_early(monkeypatch):
 
 
 def no_noise(monkeypatch):
-    step, jump = samplers.denoise_step, samplers.ddim_step
+    step, jump = samplers.denoise_step, samplers.reverse_step
 
     def silent_step(model, x, t, cond, uncond, w, z, *rest):
         return step(model, x, t, cond, uncond, w, 0 * x, *rest)
 
     monkeypatch.setattr(samplers, "denoise_step", silent_step)
-    monkeypatch.setattr(samplers, "ddim_step", lambda x0, eps, t, z, *a: jump(x0, eps, t, 0 * z, *a))
+    monkeypatch.setattr(samplers, "reverse_step", lambda *a: jump(*a[:3], None if a[3] is None else 0 * a[3], *a[4:]))
 
 
 FAULTS = [  # fault, kind, stride

@@ -88,6 +88,14 @@ struct Orthogonal {
   float* x;
 };
 
+// x_prev, x0 and eps from x_t, the predictions and fresh noise; all arrays have n elements. See ops.h.
+struct ReverseStep {
+  long n = 0;
+  float *x_prev = nullptr, *x0 = nullptr, *eps = nullptr;
+  const float *x_t = nullptr, *eps_cond = nullptr, *eps_uncond = nullptr, *z = nullptr;
+  float w = 1, signal = 1, noise = 0, clip = 0, of_x0 = 0, of_eps = 0, of_z = 0;  // clip 0: none
+};
+
 struct Kernels {
   const char* name;
   void (*conv2d)(const Conv&);
@@ -127,6 +135,8 @@ struct Kernels {
   void (*momentum)(const Update*, int count, float g_factor, float mu);
   void (*descend)(const Update*, int count, float lr, float ema_share);
   void (*orthogonalise)(const Orthogonal*, int count);
+
+  void (*reverse_step)(const ReverseStep&);
 
   // out (count, elements): standard normal numbers of the samples with these numbers
   void (*normal)(float* out, const int64_t* samples, long count, long elements, uint64_t seed, uint32_t step,

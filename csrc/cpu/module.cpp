@@ -75,6 +75,7 @@ PYBIND11_MODULE(_cpu, m) {
   OP(muon_momentum);
   OP(descend);
   OP(orthogonalise);
+  OP(reverse_step);
   OP(normal);
 #undef OP
   m.def("num_threads", &num_threads);

@@ -388,6 +388,19 @@ void orthogonalise(std::vector<View> x, std::vector<View> g) {
   in_use->orthogonalise(list.data(), (int)list.size());
 }
 
+void reverse_step(View x_prev, View x0, View eps, View x_t, View eps_cond, View eps_uncond, View z, double w, double signal,
+                  double noise, double clip, double of_x0, double of_eps, double of_z) {
+  Check check{"reverse_step"};
+  ReverseStep s;
+  int64_t n = s.n = rows_of(x_t);
+  s.x_prev = check.out(x_prev, "x_prev", {n}), s.x0 = check.out(x0, "x0", {n}), s.eps = check.out(eps, "eps", {n});
+  s.x_t = check.in(x_t, "x_t", {n}), s.eps_cond = check.in(eps_cond, "eps_cond", {n});
+  s.eps_uncond = check.maybe(eps_uncond, "eps_uncond", {n}), s.z = check.maybe(z, "z", {n});
+  s.w = (float)w, s.signal = (float)signal, s.noise = (float)noise, s.clip = (float)clip;
+  s.of_x0 = (float)of_x0, s.of_eps = (float)of_eps, s.of_z = (float)of_z;
+  in_use->reverse_step(s);
+}
+
 void normal(View out, std::vector<int64_t> samples, uint64_t seed, uint32_t step, uint32_t purpose) {
   Check check{"normal"};
   float* to = check.out(out, "out", {(int64_t)samples.size(), ANY});

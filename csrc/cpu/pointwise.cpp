@@ -168,4 +168,25 @@ void descend(const Update* updates, int count, float lr, float ema_share) {
   });
 }
 
+// Guidance, the predicted image and the step to the next noise level: each array is read or written once.
+void reverse_step(const ReverseStep& s) {
+  pieces(s.n, [&](long i, int m) {
+    vf x_t = load_first(s.x_t + i, m), eps = load_first(s.eps_cond + i, m);
+    if (s.eps_uncond) {
+      vf uncond = load_first(s.eps_uncond + i, m);
+      eps = uncond + s.w * (eps - uncond);
+    }
+    vf x0 = (x_t - s.noise * eps) / s.signal;
+    if (s.clip > 0) {
+      x0 = vmin(all(s.clip), vmax(all(-s.clip), x0));  // NaN stays
+      eps = (x_t - s.signal * x0) / s.noise;
+    }
+    vf x_prev = s.of_x0 * x0 + s.of_eps * eps;
+    if (s.z) x_prev += s.of_z * load_first(s.z + i, m);
+    store_first(s.x_prev + i, x_prev, m);
+    store_first(s.x0 + i, x0, m);
+    store_first(s.eps + i, eps, m);
+  });
+}
+
 }  // namespace minidiff::MINIDIFF_ISA

@@ -35,6 +35,7 @@ void momentum(const Update*, int, float, float);
 void descend(const Update*, int, float, float);
 void orthogonalise(const Orthogonal*, int);
 
+void reverse_step(const ReverseStep&);
 void normal(float*, const int64_t*, long, long, uint64_t, uint32_t, uint32_t);
 
 // Multiply-adds in registers alone, in every thread: floating-point operations done. Twelve chains hide their latency.
@@ -60,7 +61,7 @@ static const Kernels table = {
     MINIDIFF_STRING(MINIDIFF_ISA), conv2d, conv2d_weight_gradient, prepared_size, prepare, pool_sum,
     linear, linear_backward, column_sums, group_norm_forward, group_norm_backward, layer_norm_forward,
     layer_norm_backward, attention_forward, attention_backward, pointwise_forward, pointwise_backward, geglu_forward,
-    geglu_backward, add, squared_distance, scaled_difference, sum_of_squares, adamw, momentum, descend, orthogonalise, normal, peak};
+    geglu_backward, add, squared_distance, scaled_difference, sum_of_squares, adamw, momentum, descend, orthogonalise, reverse_step, normal, peak};
 
 }  // namespace MINIDIFF_ISA
 
