@@ -55,7 +55,7 @@ void geglu_backward(View dx, View dy, View x);
 void add(View y, View a, View b);
 double squared_distance(View a, View b);
 void scaled_difference(View y, View a, View b, double factor);
-double sum_of_squares(View x);
+double sum_of_squares(std::vector<View> x);  // of arrays of any shapes
 
 // Lists of one-dimensional arrays, one a parameter; p, m, v and ema are updated in place.
 void adamw_update(std::vector<View> p, std::vector<View> g, std::vector<View> m, std::vector<View> v,
@@ -67,7 +67,7 @@ void muon_momentum(std::vector<View> u, std::vector<View> g, std::vector<View> m
 // p <- p - lr (length u + decay p) and ema <- ema + (1 - ema_decay) (p - ema), in place
 void descend(std::vector<View> p, std::vector<View> u, std::vector<View> ema, double lr, std::vector<double> length,
              std::vector<double> decay, double ema_decay);
-// For each g (rows, n), rows >= n, the x of the same shape with its singular vectors and singular values near 1.
+// For each g (rows, columns) the x of the same shape with its singular vectors and singular values near 1.
 void orthogonalise(std::vector<View> x, std::vector<View> g);
 
 // Guidance, the predicted image and the step, of one-dimensional arrays; eps_uncond? and z? may be missing:

@@ -21,6 +21,7 @@ from minidiff.threads import num_threads
 
 F = TypeVar("F", bound=Callable[..., Any])
 CHOOSE = -1  # the convolution's algorithm: by shape (0: direct, 2 and 4: Winograd)
+PLAIN = frozenset((type(None), bool, int, float, str, tuple))  # what is no array
 MAX_TAPS = 1024  # of a convolution's kernel, as in csrc/cpu/kernels.h
 OPS: dict[str, Callable[..., Any]] = {}
 
@@ -42,17 +43,25 @@ def kinds() -> dict[str, SimpleNamespace]:
 def _op(function: F) -> F:
     """Enter a function in OPS: arrays come in C order; those that are not NumPy's float32 go to the reference."""
 
+    name, float32, array = function.__name__, np.dtype(np.float32), np.ndarray
+
     @wraps(function)
     def call(*args: Any) -> Any:
-        packed = list(args)
+        gaps = []
         for i, a in enumerate(args):
-            first = a[0] if isinstance(a, list) and a else a
-            if hasattr(first, "dtype"):
-                if type(first) is not np.ndarray or first.dtype != np.float32:
-                    return REFERENCE[function.__name__](*args)
-                if first is a and not a.flags.c_contiguous:
-                    packed[i] = np.ascontiguousarray(a)
-        return function(*packed)
+            kind = type(a)
+            if kind is array:
+                if a.dtype != float32:
+                    return REFERENCE[name](*args)
+                if not a.flags.c_contiguous:
+                    gaps.append(i)
+            elif kind not in PLAIN:
+                first = a[0] if kind is list and a else a
+                if hasattr(first, "dtype") and (type(first) is not array or first.dtype != float32):
+                    return REFERENCE[name](*args)
+        if not gaps:
+            return function(*args)
+        return function(*(np.ascontiguousarray(a) if i in gaps else a for i, a in enumerate(args)))
 
     OPS[function.__name__] = call
     return function
@@ -266,7 +275,7 @@ def accumulate(a: Array, b: Array) -> Array:
 
 @_op
 def gradient_norm(grads: Sequence[Array]) -> float:
-    return math.sqrt(sum(_cpu.sum_of_squares(np.ascontiguousarray(g).reshape(-1)) for g in grads))
+    return math.sqrt(_cpu.sum_of_squares([np.ascontiguousarray(g) for g in grads]))
 
 
 @_op
@@ -285,10 +294,9 @@ def adamw_update(
 def orthogonalised(matrices: Sequence[Array], steps: int = 5) -> list[Array]:
     if steps != 5:
         return REFERENCE["orthogonalised"](matrices, steps)
-    tall = [g if g.shape[0] >= g.shape[1] else np.ascontiguousarray(g.T) for g in matrices]
-    results = [np.empty_like(g) for g in tall]
-    _cpu.orthogonalise(results, tall)
-    return [x if x.shape == g.shape else x.T for x, g in zip(results, matrices, strict=True)]
+    results = [np.empty(g.shape, np.float32) for g in matrices]
+    _cpu.orthogonalise(results, [np.ascontiguousarray(g) for g in matrices])
+    return results
 
 
 @_op

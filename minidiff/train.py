@@ -32,7 +32,7 @@ from minidiff.optim import OPTIMIZERS, AdamW, clip_factor, gradient_norm, learni
 from minidiff.random import Purpose, normal, uniform
 from minidiff.tensor import accumulate
 from minidiff.text_to_image import TextToImage
-from minidiff.threads import num_workers, parallel_map
+from minidiff.threads import num_workers, parallel_map, peak_memory
 
 LOG = "log.jsonl"
 
@@ -70,6 +70,7 @@ class StepLog:
     images: int  # seen since the start
     minutes: float  # of training since the start
     images_per_second: float
+    memory_gb: float  # the most that the process ever held
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
                 # the first steps are slower than the rest, and one may be held up: the median of the second half
                 _set_steps_from_minutes(state, float(np.median(durations[len(durations) // 2 :])))
             n = c.batch * c.accumulate
-            yield StepLog(state.step, loss, lr, norm, state.step * n, state.seconds / 60, n / seconds)
+            yield StepLog(state.step, loss, lr, norm, state.step * n, state.seconds / 60, n / seconds, peak_memory() / 1e9)
 
 
 def loss_and_gradients(models: Sequence[TextToImage], batches: Sequence[Batch]) -> tuple[float, dict[str, Any]]:

@@ -80,12 +80,13 @@ struct Update {
   float decay, length = 1;
 };
 
-// g and x (rows, n), rows >= n: x has g's singular vectors, and singular values near 1.
+// g and x (rows, n), or (n, rows) where they are wide; rows >= n: x has g's singular vectors, and singular values near 1.
 struct Orthogonal {
   long rows;
   int n;
   const float* g;
   float* x;
+  bool wide;
 };
 
 // x_prev, x0 and eps from x_t, the predictions and fresh noise; all arrays have n elements. See ops.h.
@@ -127,7 +128,7 @@ struct Kernels {
   void (*add)(float* y, const float* a, const float* b, long n);
   double (*squared_distance)(const float* a, const float* b, long n);              // sum of (a - b)^2
   void (*scaled_difference)(float* y, const float* a, const float* b, float factor, long n);  // factor (a - b)
-  double (*sum_of_squares)(const float* x, long n);
+  double (*sum_of_squares)(const float* x, long n);  // in float64 from piece to piece
 
   void (*adamw)(const Update*, int count, float g_factor, float lr, float beta1, float beta2, float eps, float m_factor,
                 float v_factor, float ema_share);

@@ -3,13 +3,49 @@
 //
 //   A = g^T g / |g|^2,   five times:  P = a + b A + c A^2,  S = P S,  A = P A P,   then  x = g S / |g|
 //
-// The equations stand in minidiff/optim.py, `orthogonalised`. All matrices but g are n x n, symmetric, n <= rows of g.
+// The equations stand in minidiff/optim.py, `orthogonalised`. All matrices but g are n x n, symmetric, n the shorter side of
+// g; where that is its rows, A = g g^T / |g|^2 and x = S g / |g|.
 #include "gemm.h"
 #include "kernels.h"
 #include "pool.h"
 
 namespace minidiff::MINIDIFF_ISA {
 namespace {
+
+constexpr int BAND = 256;
+
+// A (n x n, rows `ld` apart) = g g^T
+void squares_of_rows(const Orthogonal& o, float* A, int ld, float* packed) {
+  int n = o.n;
+  long channel = (long)n * BLOCK + BLOCK, offsets[BAND / BLOCK];
+  float* panel = packed + BAND / BLOCK * channel;
+  for (int k = 0; k < BAND / BLOCK; k++) offsets[k] = k * channel;
+  for (long c0 = 0; c0 < o.rows; c0 += BAND) {
+    int columns = least(BAND, o.rows - c0), kb = (columns + BLOCK - 1) / BLOCK;
+    pack_rows(o.g + c0, o.rows, columns, n, 1, packed, channel);
+    Weights w{o.g + c0, columns, n, o.rows, true};
+    for (int n0 = 0; n0 < n; n0 += PANEL) {
+      int width = panel_width(n, n0);
+      for (int k = 0; k < kb; k++) pack_block(w, k * BLOCK, n0, width, panel + (long)k * BLOCK * width);
+      multiply(packed, n, offsets, kb, panel, width, Tile{A + n0, 0, ld, n - n0, c0 > 0, nullptr, nullptr});
+    }
+  }
+}
+
+// x = S g
+void times_columns(const Orthogonal& o, const float* S, int ld, float* packed) {
+  int n = o.n, kb = ld / BLOCK;
+  long channel = (long)n * BLOCK + BLOCK, offsets[MAX_CHANNELS / BLOCK];
+  float* panel = packed + kb * channel;
+  for (int k = 0; k < kb; k++) offsets[k] = k * channel;
+  pack_rows(S, ld, n, n, 1, packed, channel);
+  Weights w{o.g, n, (int)o.rows, o.rows, false};
+  for (int c0 = 0; c0 < o.rows; c0 += PANEL) {
+    int width = panel_width(o.rows, c0);
+    for (int k = 0; k < kb; k++) pack_block(w, k * BLOCK, c0, width, panel + (long)k * BLOCK * width);
+    multiply(packed, n, offsets, kb, panel, width, Tile{o.x + c0, 0, o.rows, (int)o.rows - c0, false, nullptr, nullptr});
+  }
+}
 
 // y (n x n, rows `ld` apart) = a b, both symmetric and stored like y; packed: scratch for both.
 void square_product(float* y, const float* a, const float* b, int n, int ld, float* packed) {
@@ -33,11 +69,11 @@ void one(const Orthogonal& o, float* work) {
   long square = (long)ld * ld;
   float *A = work, *P = A + square, *S = P + square, *T = S + square, *packed = T + square;
   memset(work, 0, sizeof(float) * 4 * square);
-  // A = g^T g, over bands of rows
-  constexpr int BAND = 256;
+  // A = g^T g, over bands of rows; or g g^T, over bands of columns
   long channel = BAND * BLOCK + BLOCK, panel = (long)BAND * PANEL + BLOCK;
   float* wide = packed + kb * channel;
-  for (long r0 = 0; r0 < o.rows; r0 += BAND) {
+  if (o.wide) squares_of_rows(o, A, ld, packed);
+  for (long r0 = 0; r0 < o.rows && !o.wide; r0 += BAND) {
     int rows = least(BAND, o.rows - r0);
     for (int r = 0; r < rows; r++) {
       const float* p = o.g + (r0 + r) * n;
@@ -69,6 +105,7 @@ void one(const Orthogonal& o, float* work) {
     square_product(A, T, P, n, ld, packed);
   }
   for (long i = 0; i < square; i += VL) store(S + i, load(S + i) * (1 / norm));
+  if (o.wide) return times_columns(o, S, ld, packed);
   // x = g S, over bands of rows
   float* panels_of_S = wide;
   Weights w{S, n, n, ld, false};
@@ -98,6 +135,7 @@ void orthogonalise(const Orthogonal* list, int count) {
     long bands = ld / BLOCK * (256 * BLOCK + BLOCK) + np * (256L * PANEL + BLOCK), squares = ld / BLOCK * (ld * BLOCK + BLOCK);
     long need = 4 * ld * ld + (bands > squares + np * ld * PANEL ? bands : squares + np * ld * PANEL) +
                 ld / BLOCK * (256 * BLOCK + BLOCK) + np * ld * PANEL;
+    if (list[i].wide) need += BAND / BLOCK * (ld * BLOCK + BLOCK) + BAND * PANEL;
     size = need > size ? need : size;
   }
   float* lanes = scratch(num_threads() * round_up(size, BLOCK));

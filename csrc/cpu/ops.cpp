@@ -1,6 +1,7 @@
 // The contract of ops.h on the CPU: arguments are checked here, then handed to the kernels of the instruction set in use.
 #include "../ops.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -322,10 +323,14 @@ void scaled_difference(View y, View a, View b, double factor) {
   int64_t n = rows_of(a);
   in_use->scaled_difference(check.out(y, "y", {n}), check.in(a, "a", {n}), check.in(b, "b", {n}), (float)factor, n);
 }
-double sum_of_squares(View x) {
+double sum_of_squares(std::vector<View> x) {
   Check check{"sum_of_squares"};
-  int64_t n = rows_of(x);
-  return in_use->sum_of_squares(check.in(x, "x", {n}), n);
+  double total = 0;
+  for (const View& v : x) {
+    check.array(v, "x", v.shape);
+    total += in_use->sum_of_squares((const float*)v.data, v.size());
+  }
+  return total;
 }
 
 void adamw_update(std::vector<View> p, std::vector<View> g, std::vector<View> m, std::vector<View> v,
@@ -381,9 +386,10 @@ void orthogonalise(std::vector<View> x, std::vector<View> g) {
   std::vector<Orthogonal> list(x.size());
   for (size_t i = 0; i < x.size(); i++) {
     check.array(g[i], "g", {ANY, ANY});
-    int64_t rows = g[i].shape[0], n = g[i].shape[1];
-    check.that(rows >= n && n >= 1 && n <= MAX_CHANNELS, "g", "must have at least as many rows as columns");
-    list[i] = {rows, (int)n, (const float*)g[i].data, check.out(x[i], "x", {rows, n})};
+    int64_t rows = g[i].shape[0], columns = g[i].shape[1], n = std::min(rows, columns);
+    check.that(n >= 1 && n <= MAX_CHANNELS, "g", "must have 1 to " + std::to_string(MAX_CHANNELS) + " rows or columns");
+    float* to = check.out(x[i], "x", {rows, columns});
+    list[i] = {std::max(rows, columns), (int)n, (const float*)g[i].data, to, columns > rows};
   }
   in_use->orthogonalise(list.data(), (int)list.size());
 }
