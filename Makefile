@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -34,6 +34,14 @@ lint: setup  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: setup  ## measure everything, against PyTorch where it is installed: benchmarks/results/ (half an hour)
+	@$(BIN)/python -c 'import torch, diffusers' 2>/dev/null || \
+		echo "without PyTorch's columns; for them: $(BIN)/pip install --editable '.[compare]'"
+	@for b in conv2d groupnorm attention linear adamw; do $(BIN)/python benchmarks/bench_$$b.py || exit 1; done
+	@$(BIN)/python benchmarks/bench_conv2d.py --ways
+	@if $(BIN)/python -c 'import torch, diffusers' 2>/dev/null; then $(BIN)/python benchmarks/summarise.py && \
+		$(BIN)/python benchmarks/bench_unet.py && $(BIN)/python benchmarks/bench_profile.py; fi
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) build minidiff/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

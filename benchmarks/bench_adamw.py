@@ -18,11 +18,15 @@ from minidiff.optim import AdamW, clip_factor, gradient_norm
 from minidiff.tensor import Tensor
 
 UNETS = {
-    "the demo's U-Net": UNetConfig(in_channels=48, out_channels=48, channels=(48, 64), blocks=1, attention=("none", "cross"),
-                                   heads=(4, 4), transformer_layers=(1, 1), norm_groups=8, text_width=64),
-    "conditional U-Net, 10 M": UNetConfig(),
-    "DDPM U-Net, 35.7 M": UNetConfig(channels=(128, 256, 256, 256), attention=("none", "self", "none", "none"),
-                                     mid_attention="self", heads=(1, 1, 1, 1), transformer_layers=(1, 1, 1, 1)),
+    "the demo's": UNetConfig(
+        in_channels=48, out_channels=48, channels=(48, 64), blocks=1, heads=(4, 4), text_width=64, norm_groups=8,
+        attention=("none", "cross"), transformer_layers=(1, 1),
+    ),
+    "conditional 10 M": UNetConfig(),
+    "DDPM 35.7 M": UNetConfig(
+        channels=(128, 256, 256, 256), attention=("none", "self", "none", "none"), mid_attention="self",
+        heads=(1, 1, 1, 1), transformer_layers=(1, 1, 1, 1),
+    ),
 }  # fmt: skip
 CASES = {name: [p.wanted_shape for p in UNet(config, seed=None).parameters()] for name, config in UNETS.items()}
 LR, CLIP = 1e-3, 1.0
@@ -54,7 +58,7 @@ def ours(case: Any, given: list[np.ndarray]) -> Any:
 
 
 def torchs(case: Any, given: list[Any], way: str) -> Any:
-    """Fused AdamW, clip_grad_norm_ and a fused lerp for the average. Clipping changes gradients once, then not again."""
+    """Fused AdamW, clip_grad_norm_, a lerp of all for the average. Clipping changes the gradients once."""
     import torch
 
     parameters = [torch.nn.Parameter(a) for a in given[: len(case)]]

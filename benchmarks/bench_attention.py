@@ -2,8 +2,8 @@
 
     python benchmarks/bench_attention.py [SHAPE ...]     (PyTorch's columns need torch: pip install -e '.[compare]')
 
-The backward needs five products of the forward's size where the forward needs two; computing the weights again is ours to
-pay and is not counted.
+The backward needs five products of the forward's size where the forward needs two; computing the weights again is ours
+to pay and is not counted.
 """
 
 from __future__ import annotations

@@ -2,19 +2,19 @@
 
     python benchmarks/bench_conv2d.py [SHAPE ...]     (PyTorch's columns need torch: pip install -e '.[compare]')
 
-The first twelve shapes are 3x3 convolutions of U-Nets; the others are what stands beside them: one by one, stride 2, few
-channels, and a kernel too small for Winograd. A share above 1 is Winograd's: fewer multiplications than were counted.
-`--direct` measures what the direct algorithm alone reaches, as a share of the multiply-add ceiling.
+The first twelve shapes are 3x3 convolutions of U-Nets; the others are what stands beside them: one by one, stride 2,
+and few channels. A share above 1 is Winograd's: fewer multiplications than were counted.
+`--ways` sets our own algorithms beside each other, as shares of the multiply-add ceiling.
 """
 
 from __future__ import annotations
 
-import json
 import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
-from common import Bench, ceilings, results_path, run_op, summary, timed, write_json
+from common import Bench, ceilings, in_turns, results_path, run_op, timed, write_json
 
 from minidiff import no_grad, ops
 from minidiff.tensor import Tensor
@@ -106,8 +106,8 @@ def to_numpy(case: Any, results: list[Any]) -> list[np.ndarray]:
     return [r.detach().permute(order).numpy() for r, order in zip(results, orders, strict=False)]
 
 
-def direct(samples: int = 9) -> None:
-    """The direct algorithm's share of the ceiling on the twelve shapes."""
+def ways(samples: int = 9) -> None:
+    """Our algorithms beside each other, forward on the twelve shapes: which pays where, and is prepared worth it."""
     from minidiff import _cpu
 
     top, rows = ceilings(), {}
@@ -115,26 +115,33 @@ def direct(samples: int = 9) -> None:
         case = CASES[label(*shape)]
         x, w, _, dy = (a.astype(np.float32) for a in arrays(case, np.random.default_rng(0)))
         y, sides = np.empty_like(dy), ((1, 1), (1, 1))
+        prepared = np.empty(_cpu.conv2d_prepared_size(w, *x.shape[:3], 1, sides, 1), np.float32)
+        _cpu.conv2d_prepare(prepared, w, *x.shape[:3], 1, sides, 1)
 
-        def call(x: Any = x, w: Any = w, y: Any = y, sides: Any = sides) -> None:
-            _cpu.conv2d_forward(y, x, None, w, None, None, None, 1, sides, 1, False, None, 0)
+        def call(algorithm: int, ready: Any = None, x: Any = x, w: Any = w, y: Any = y, sides: Any = sides) -> None:
+            _cpu.conv2d_forward(y, x, None, w, None, None, None, 1, sides, 1, False, ready, algorithm)
 
-        call()
-        seconds = summary([timed(call) for _ in range(samples)])
-        rows[label(*shape)] = {
-            "seconds": seconds,
-            "share": work(case, "forward")[0] / seconds["median"] / top["multiply-adds"],
-        }
-        print(f"{label(*shape):30} {rows[label(*shape)]['share']:.2f}", flush=True)
-    write_json("conv2d_direct", {"command": "bench_conv2d.py --direct", "ceilings": top, "cases": rows})
-    lines = ["| shape | direct forward, share of the multiply-add ceiling |", "| --- | --- |"]
-    lines += [f"| {name} | {row['share']:.2f} |" for name, row in rows.items()]
-    results_path("conv2d_direct", "md").write_text("\n".join(lines) + "\n")
-    print(json.dumps(top))
+        calls = {
+            "direct": partial(call, 0), "F(2x2)": partial(call, 2), "F(4x4)": partial(call, 4),
+            "F(4x4), weights prepared": partial(call, 4, prepared),
+        }  # fmt: skip
+        for warm_up in calls.values():
+            warm_up()
+        seconds = in_turns({way: partial(timed, c, 3) for way, c in calls.items()}, samples)
+        rate = {way: work(case, "forward")[0] / s["median"] for way, s in seconds.items()}
+        rows[label(*shape)] = {"seconds": seconds, "share": {way: r / top["multiply-adds"] for way, r in rate.items()}}
+        print(label(*shape), {way: round(share, 2) for way, share in rows[label(*shape)]["share"].items()}, flush=True)
+    write_json("conv2d_ways", {"command": "bench_conv2d.py --ways", "ceilings": top, "cases": rows})
+    names = list(next(iter(rows.values()))["share"])
+    lines = [f"| direct operations a second / ceiling | {' | '.join(names)} |", "|" + " --- |" * (1 + len(names))]
+    for shape, row in rows.items():
+        cells = [f"{row['share'][name]:.2f}" for name in names]
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    results_path("conv2d_ways", "md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--direct"]:
-        direct()
+    if sys.argv[1:] == ["--ways"]:
+        ways()
     else:
         run_op(Bench("conv2d", "GFLOP/s", CASES, work, arrays, ours, torchs, to_numpy))

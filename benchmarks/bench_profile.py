@@ -3,7 +3,8 @@
     python benchmarks/bench_profile.py [NAME ...]     (needs torch and diffusers: pip install -e '.[compare]')
 
 Ours: every kernel's calls are timed; what is left is Python: the tape, the layers, the loop. PyTorch's: its profiler's
-self time by operation, eagerly in its faster layout of bench_unet.py's results. Writes results/profile-DEVICE.json and .png.
+self time by operation, eagerly in its faster layout of bench_unet.py's results. Writes results/profile-DEVICE.json
+and .png.
 """
 
 from __future__ import annotations

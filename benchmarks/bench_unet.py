@@ -20,7 +20,17 @@ from typing import Any
 
 import numpy as np
 from common import (
-    PYTORCH, THREADS, Worker, best_rival, in_turns, relative_errors, results_path, serve, spread, timed, write_json,
+    PYTORCH,
+    THREADS,
+    Worker,
+    best_rival,
+    in_turns,
+    relative_errors,
+    results_path,
+    serve,
+    spread,
+    timed,
+    write_json,
 )  # fmt: skip
 
 from minidiff import plotting
@@ -50,7 +60,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "Stable Diffusion 1.5 860 M": {
         "batch": 1, "tokens": (77, 768), "model": "UNet2DConditionModel", "passes": ("forward",),
         "config": dict(
-            sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+            sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2,
             down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, cross_attention_dim=768, attention_head_dim=8,
         ),
@@ -59,7 +70,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "batch": 128, "tokens": (12, 64), "model": "UNet2DConditionModel", "passes": ("sampling",),
         "config": dict(
             sample_size=8, in_channels=48, out_channels=48, block_out_channels=(48, 64), layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8,
         ),
     },
@@ -123,18 +135,17 @@ def ours(name: str, folder: Path) -> dict[str, Callable[[int], Any]]:
         return list(samplers.ddim(model, x[:n], *conds, GUIDANCE, levels, schedule.linear(1000)))[-1].x_prev
 
     def check(batch: int) -> None:
-        output, grads = (
-            backward(batch)
-            if "step" in passes(name)
-            else ({"sampling": sampling}.get(passes(name)[0], forward)(batch), {})
-        )
+        if "step" in passes(name):
+            output, grads = backward(batch)
+        else:
+            output, grads = (sampling if "sampling" in passes(name) else forward)(batch), {}
         np.savez(folder / "ours.npz", output=output, **grads)
 
     return {"check": check, "forward": forward, "step": step, "sampling": sampling}
 
 
 def torchs(name: str, folder: Path, way: str) -> dict[str, Callable[[int], Any]]:
-    """diffusers' model. way: contiguous, channels last, compiled; or exact, which writes weights and float64 results."""
+    """diffusers' model. way: contiguous, channels last, compiled; or exact: writes weights and float64 results."""
     import diffusers
     import torch
 

@@ -204,7 +204,7 @@ def reverse_step(
     """Guidance, predicted image and step in one pass: (x_prev, x0, eps), x_prev = of_x0 x0 + of_eps eps + of_z z.
 
     It serves every sampler whose step is linear in these. x_t = signal x0 + noise eps: signal = sqrt(alpha_bar_t),
-    noise = sqrt(1 - alpha_bar_t). eps_uncond: None where eps_cond is the whole prediction. clip: as in `clip_x0`, or None.
+    noise = sqrt(1 - alpha_bar_t). eps_uncond: None where eps_cond is all. clip: the limit of `clip_x0`, or None.
     """
     eps = eps_cond if eps_uncond is None else classifier_free_guidance(eps_cond, eps_uncond, w)
     x0 = (x_t - noise * eps) / signal
@@ -236,9 +236,7 @@ def guided_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: fl
     return eps_cond if eps_uncond is None else classifier_free_guidance(eps_cond, eps_uncond, w)
 
 
-def both_eps(
-    model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: float
-) -> tuple[Array, Array | None]:
+def both_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: float) -> tuple[Array, Array | None]:
     """eps_theta with and without the text, from one batch of twice the size; for w = 0 or 1 one of them, and None."""
     if w != 1 and uncond is None and cond is not None:
         raise ValueError(f"guidance with w = {w} needs the unconditional input too")

@@ -137,7 +137,7 @@ class Conv2d(Module):
         self.stride, self.padding = stride, padding
 
     def forward(self, x: Tensor, **around: Any) -> Tensor:
-        """(B, H, W, C_in) -> (B, H_out, W_out, C_out); around: beside, shift, residual, upsample, silu of `ops.conv2d`."""
+        """(B, H, W, C_in) -> (B, H_out, W_out, C_out); around: what `ops.conv2d` takes around it."""
         return ops.conv2d(x, self.weight, self.bias, self.stride, self.padding, **around)
 
 

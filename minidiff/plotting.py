@@ -277,7 +277,7 @@ def bars(
 ) -> Chart:
     """Horizontal bars: for each row one bar a series of `values` (0: none), and a line at ceiling = (name, value)."""
     n = len(values)
-    width, height = 8.0, 1.1 + 0.17 * len(rows) * (n + 0.8)
+    width, height = 8.0, _whole_pixels(1.1 + 0.17 * len(rows) * (n + 0.8))
     told = "; ".join(f"{name} {min(v):.3g} to {max(v):.3g}" for name, v in values.items())
     figure = Chart(width, height, f"{title or xlabel}. {xlabel}: {told}", layout="constrained")
     axes = figure.subplots()
@@ -307,7 +307,7 @@ def stacked_shares(
     told = "; ".join(
         f"{row}: " + ", ".join(f"{k} {number.format(v)}" for k, v in parts.items()) for row, parts in rows.items()
     )
-    figure = Chart(8.0, 1.5 + 0.55 * len(rows), f"{title or xlabel}. {told}", layout="constrained")
+    figure = Chart(8.0, _whole_pixels(1.5 + 0.55 * len(rows)), f"{title or xlabel}. {told}", layout="constrained")
     axes = figure.subplots()
     _plain(axes, "x")
     for i, name in enumerate(names):
@@ -324,6 +324,10 @@ def stacked_shares(
     if title:
         axes.set_title(title, loc="left", fontsize=TITLE, color=INK, parse_math=False)
     return figure
+
+
+def _whole_pixels(inches: float) -> float:
+    return round(inches * DPI) / DPI
 
 
 def _plain(axes: Axes, grid: str) -> None:

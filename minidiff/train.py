@@ -254,7 +254,9 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
                 # the first steps are slower than the rest, and one may be held up: the median of the second half
                 _set_steps_from_minutes(state, float(np.median(durations[len(durations) // 2 :])))
             n = c.batch * c.accumulate
-            yield StepLog(state.step, loss, lr, norm, state.step * n, state.seconds / 60, n / seconds, peak_memory() / 1e9)
+            yield StepLog(
+                state.step, loss, lr, norm, state.step * n, state.seconds / 60, n / seconds, peak_memory() / 1e9
+            )
 
 
 def loss_and_gradients(models: Sequence[TextToImage], batches: Sequence[Batch]) -> tuple[float, dict[str, Any]]:

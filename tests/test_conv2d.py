@@ -106,3 +106,13 @@ def test_one_by_one_of_two_inputs(rng):
             ),
             x, w, b, beside,
         )  # fmt: skip
+
+
+def test_one_shift_for_all_images(rng):
+    x, w, shift = (rng.standard_normal(s) for s in ((3, 4, 5, 2), (3, 3, 2, 4), (1, 4)))
+    sides = ((1, 1), (1, 1))
+    check_op(
+        lambda x, w, shift: ops.conv2d(x, w, None, 1, 1, shift=shift),
+        lambda x, w, shift: formula(x, w, None, 1, sides) + shift[:, None, None],
+        x, w, shift,
+    )  # fmt: skip

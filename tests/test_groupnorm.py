@@ -82,7 +82,11 @@ def test_scale_and_shift(silu, rng):
     with pytest.raises(ValueError, match="both scale and shift"):
         ops.group_norm(x, gamma, beta, 2, scale=scale)
     with pytest.raises(ValueError, match=r"must be \(3, 6\)"):
-        ops.group_norm(x, gamma, beta, 2, scale=scale[:1], shift=shift[:1])
+        ops.group_norm(x, gamma, beta, 2, scale=scale[:2], shift=shift[:2])
+    check_op(
+        lambda x, gamma, beta, scale, shift: ops.group_norm(x, gamma, beta, 2, silu=silu, scale=scale, shift=shift),
+        scaled, x, gamma, beta, scale[:1], shift[:1],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("C1, C2, groups", [(4, 2, 2), (3, 3, 3), (1, 5, 2), (40, 24, 4), (17, 16, 11)])

@@ -53,6 +53,16 @@ FIGURES = {
     "schedule": lambda: plotting.schedule_plot(
         {"cosine": np.cos(np.linspace(0, np.pi / 2, 101)) ** 2, "linear": np.linspace(1, 0, 101)}
     ),
+    "bars": lambda: plotting.bars(
+        [f"32x 32x32, {64 * i} -> 64" for i in range(5)],
+        {"ours": [500.0, 410.5, 3.2, 611, 90], "theirs": [200, 0.0, 1.5, 300, 95], "slow": [10] * 5},
+        "GFLOP/s",
+        ("ceiling", 560.0),
+        "convolution",
+    ),
+    "shares": lambda: plotting.stacked_shares(
+        {"one\nstep": {"conv": 400.0, "linear": 210, "rest": 2}, "two": {"linear": 600.0, "norm": 90}}, "ms", "Where"
+    ),
     "lines": lambda: plotting.line_plot({f"line {i}": ([0, 1], [0, 1e-3 * i]) for i in range(9)}, "x", "y"),
 }
 

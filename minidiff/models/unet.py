@@ -106,7 +106,7 @@ class ResBlock(Module):
         self.conv_shortcut = Conv2d(c_in, c_out, kernel=1, padding=0) if c_in != c_out else None
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
-        """x (B, H, W, C_in), emb = silu(timestep vector) (B, D) -> (B, H, W, C_out).
+        """x (B, H, W, C_in), emb = silu(timestep vector) (B or 1, D) -> (B, H, W, C_out).
 
         skip: the last of the C_in channels, beside x's.
         """
@@ -345,7 +345,10 @@ class UNet(Module):
         t = xp.asarray(t)
         self._check(x, t)
         tokens, mask = (None, None) if cond is None else (as_tensor(cond[0]), cond[1])
-        emb = ops.silu(self.time_embedding(xp.broadcast_to(t, x.shape[:1])))
+        t = t.reshape(-1)
+        if xp is np and (t == t[:1]).all():  # all samples are at one time, as in sampling: one row serves them
+            t = t[:1]
+        emb = ops.silu(self.time_embedding(t))
         run = _checkpointed if self.checkpointing else _plainly
 
         x = self.conv_in(x)

@@ -12,7 +12,7 @@ from minidiff.backend import Array, array_module, kernel
 from minidiff.ops.silu import silu as silu_op
 from minidiff.ops.silu import silu_forward
 from minidiff.ops.upsample import upsample_nearest_backward, upsample_nearest_forward
-from minidiff.tensor import Tensor, as_tensor, record, recording
+from minidiff.tensor import Tensor, as_tensor, record, recording, unbroadcast
 
 Padding = int | tuple[tuple[int, int], tuple[int, int]]  # the same on all sides, or ((top, bottom), (left, right))
 Sides = tuple[tuple[int, int], tuple[int, int]]
@@ -118,7 +118,7 @@ def conv2d(
     What stands around a convolution in a U-Net costs no pass over the image of its own here:
     beside: a second input (B, H, W, C_2); the weight has C_in + C_2 input channels. The same as conv2d(concat(...)).
     upsample: every pixel is first repeated so many times in height and width.
-    shift: (B, C_out) and residual (B, H_out, W_out, C_out) are added to the result.
+    shift: (B, C_out), or (1, C_out) for all, and residual (B, H_out, W_out, C_out) are added to the result.
     silu: applied to all that; an op of its own where a gradient is wanted, which needs the numbers before it.
 
     Raises ValueError on shapes that do not fit.
@@ -134,41 +134,36 @@ def conv2d(
         raise ValueError(
             f"conv2d: {told} does not fit weight {weight.shape}; wanted (B, H, W, C_in), (kh, kw, C_in, C_out)"
         )
-    if beside is not None and beside.shape[:3] != x.shape[:3]:
+    (B, H, W, _), (kh, kw, _, C_out) = x.shape, weight.shape
+    if beside is not None and beside.shape[:3] != (B, H, W):
         raise ValueError(f"conv2d: {beside.shape} does not lie beside x {x.shape}")
-    if bias is not None and bias.shape != weight.shape[3:]:
+    if bias is not None and bias.shape != (C_out,):
         raise ValueError(f"conv2d: bias {bias.shape} does not fit weight {weight.shape}")
-    large = [n * upsample + sum(side) - k for n, side, k in zip(x.shape[1:3], sides, weight.shape[:2], strict=True)]
-    if min(large) < 0:
+    H, W = H * upsample + sum(sides[0]) - kh, W * upsample + sum(sides[1]) - kw
+    if H < 0 or W < 0:
         raise ValueError(f"conv2d: image {x.shape} with padding {sides} is smaller than the kernel {weight.shape}")
-    shape = (x.shape[0], *(n // stride + 1 for n in large), weight.shape[3])
-    if shift is not None and shift.shape != (shape[0], shape[3]):
-        raise ValueError(f"conv2d: shift {shift.shape} must be (B, C_out) = {(shape[0], shape[3])}")
+    shape = (B, H // stride + 1, W // stride + 1, C_out)
+    if shift is not None and shift.shape not in ((B, C_out), (1, C_out)):
+        raise ValueError(f"conv2d: shift {shift.shape} must be (B, C_out) = {(B, C_out)}, or (1, C_out)")
     if residual is not None and residual.shape != shape:
         raise ValueError(f"conv2d: residual {residual.shape} must be like the result, {shape}")
-    given: dict[str, Tensor | None] = {
-        "x": x,
-        "x2": beside,
-        "weight": weight,
-        "bias": bias,
-        "shift": shift,
-        "residual": residual,
-    }
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    arrays = {name: None if tensor is None else tensor.data for name, tensor in given.items()}
-    inputs = tuple(tensors.values())
+    inputs = tuple(a for a in (x, beside, weight, bias, shift, residual) if a is not None)
+    x2, b, s, r = (None if a is None else a.data for a in (beside, bias, shift, residual))
+    if s is not None and len(s) != B:
+        s = s.repeat(B, axis=0)
     fused = silu and not recording(inputs)
-    around = arrays["x2"], arrays["shift"], arrays["residual"], upsample
-    y = conv2d_forward(x.data, weight.data, arrays["bias"], stride, sides, *around, fused)
+    y = conv2d_forward(x.data, weight.data, b, stride, sides, x2, s, r, upsample, fused)
 
-    def backward(dy: Array) -> list[Array]:
+    def backward(dy: Array) -> list[Array | None]:
         needs_dx = x.requires_grad or (beside is not None and beside.requires_grad)
         dx, dx2, dw, dshift = conv2d_backward(
-            dy, x.data, weight.data, stride, sides, arrays["x2"], upsample, needs_dx, weight.requires_grad
+            dy, x.data, weight.data, stride, sides, x2, upsample, needs_dx, weight.requires_grad
         )
-        grads = {"x": dx, "x2": dx2, "weight": dw, "shift": dshift, "residual": dy}
-        grads["bias"] = dshift.sum(axis=0) if bias is not None else None
-        return [grads[name] for name in tensors]
+        dbias = dshift.sum(axis=0) if bias is not None else None
+        if shift is not None:
+            dshift = unbroadcast(dshift, shift.shape)
+        grads = ((x, dx), (beside, dx2), (weight, dw), (bias, dbias), (shift, dshift), (residual, dy))
+        return [grad for tensor, grad in grads if tensor is not None]
 
     out = record("conv2d", y, inputs, backward)
     return silu_op(out) if silu and not fused else out

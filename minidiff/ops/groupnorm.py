@@ -15,7 +15,7 @@ import math
 from minidiff.backend import Array, array_module, kernel
 from minidiff.ops.layernorm import wide
 from minidiff.ops.silu import silu_backward, silu_forward
-from minidiff.tensor import Tensor, as_tensor, record
+from minidiff.tensor import Tensor, as_tensor, record, unbroadcast
 
 
 def _group_mean(sums: Array, groups: int, positions: int) -> Array:
@@ -83,7 +83,7 @@ def group_norm(
 ) -> Tensor:
     """Normalise x (B, ..., C) in groups of channels over all positions; gamma and beta (C,); then SiLU if asked.
 
-    scale and shift: both (B, C) or both None; between the two, z <- z (1 + scale) + shift.
+    scale and shift: both (B, C), or (1, C) for all, or both None; between the two, z <- z (1 + scale) + shift.
     beside: a second input (B, ..., C_2), whose channels count among the C: the same as group_norm(concat(...)).
     """
     x, gamma, beta = as_tensor(x), as_tensor(gamma), as_tensor(beta)
@@ -103,13 +103,16 @@ def group_norm(
     gain, offset = wide(gamma.data)[None], wide(beta.data)[None]
     if scale is not None and shift is not None:
         scale, shift = as_tensor(scale), as_tensor(shift)
-        if scale.shape != (x.shape[0], C) or shift.shape != (x.shape[0], C):
-            raise ValueError(f"group_norm: scale {scale.shape} and shift {shift.shape} must be {(x.shape[0], C)}")
+        if scale.shape != shift.shape or scale.shape not in ((x.shape[0], C), (1, C)):
+            raise ValueError(
+                f"group_norm: scale {scale.shape} and shift {shift.shape} must be {(x.shape[0], C)}, or {(1, C)}"
+            )
         inputs += [scale, shift]
         one = 1 + wide(scale.data)
         gain, offset = gain * one, offset * one + wide(shift.data)
     B, N = x.shape[0], math.prod(x.shape[1:-1])
-    flat, flat2 = (None if a is None else a.data.reshape(B, N, a.shape[-1]) for a in (x, beside))
+    flat = x.data.reshape(B, N, x.shape[-1])
+    flat2 = None if beside is None else beside.data.reshape(B, N, beside.shape[-1])
     y, mean, rstd = group_norm_forward(flat, gain, offset, groups, eps, silu, flat2)
 
     def backward(dy: Array) -> list[Array]:
@@ -120,8 +123,9 @@ def group_norm(
             grads += [dgain.sum(axis=0), doffset.sum(axis=0)]
         else:
             grads += [(dgain * one).sum(axis=0), (doffset * one).sum(axis=0)]
-            grads += [dgain * wide(gamma.data) + doffset * wide(beta.data), doffset]
-        if beside is not None:
+            dscale = dgain * wide(gamma.data) + doffset * wide(beta.data)
+            grads += [unbroadcast(dscale, scale.shape), unbroadcast(doffset, scale.shape)]
+        if beside is not None and dx2 is not None:
             grads.append(dx2.reshape(beside.shape))
         return [g.astype(t.dtype, copy=False) for g, t in zip(grads, inputs, strict=True)]
 

@@ -29,9 +29,9 @@ def linear_forward(
     activation: str | None = None,
     keep: bool = False,
 ) -> tuple[Array, Array | None]:
-    """x (..., D_in), w (D_in, D_out), b (D_out,) or None, residual like z or None -> y = activation(z), z = x w + b + residual.
+    """x (..., D_in), w (D_in, D_out), b (D_out,) or None, residual like z or None -> y = activation(z) and z.
 
-    z is returned beside y if there is an activation and it is to be kept for the backward.
+    z = x w + b + residual (..., D_out) is returned beside y if there is an activation and the backward will want it.
     """
     z = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ w  # one large product, not a small one for each leading index
     if b is not None:
@@ -61,10 +61,10 @@ def linear(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """y = activation(x W + b + residual) over the last axis: x (..., D_in), weight (D_in, D_out), bias (D_out,) or None.
+    """y = activation(x W + b + residual) over the last axis: x (..., D_in), weight (D_in, D_out), bias (D_out,).
 
-    residual: like the sum, or None. activation: None, or one of "silu", "gelu_exact", "gelu_tanh", "gelu_quick", "geglu"
-    (which halves the width); not both.
+    bias and residual, which is like the sum, may be None. activation: None, or one of "silu", "gelu_exact",
+    "gelu_tanh", "gelu_quick", "geglu" (which halves the width); it and a residual exclude each other.
     """
     x, weight = as_tensor(x), as_tensor(weight)
     bias, residual = (None if a is None else as_tensor(a) for a in (bias, residual))
