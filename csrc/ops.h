@@ -41,7 +41,7 @@ void group_norm_backward(View dx, View dx2, View dgain, View doffset, View dy, V
 void layer_norm_forward(View y, View mean, View rstd, View x, View gamma, View beta, double eps);
 void layer_norm_backward(View dx, View dgamma, View dbeta, View dy, View x, View gamma, View mean, View rstd);
 
-// q (B, Lq, D), k (B, Lk, D), v (B, Lk, Dv), y (B, Lq, Dv), lse (B, heads, Lq); bias? (B, heads, Lq, Lk), any strides
+// q (B, Lq, D), k (B, Lk, D), v (B, Lk, Dv), y (B, Lq, Dv), lse? (B, heads, Lq); bias? (B, heads, Lq, Lk), any strides
 void attention_forward(View y, View lse, View q, View k, View v, View bias, int heads, double scale, bool causal);
 void attention_backward(View dq, View dk, View dv, View dy, View y, View lse, View q, View k, View v, View bias, int heads,
                         double scale, bool causal);

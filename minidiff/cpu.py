@@ -181,10 +181,10 @@ def _bias(bias: Array | None, q: Array, k: Array, heads: int) -> Array | None:
 
 @_op
 def attention_forward(
-    q: Array, k: Array, v: Array, heads: int, scale: float, bias: Array | None, causal: bool
-) -> tuple[Array, Array]:
+    q: Array, k: Array, v: Array, heads: int, scale: float, bias: Array | None, causal: bool, keep: bool = True
+) -> tuple[Array, Array | None]:
     y = np.empty((*q.shape[:2], v.shape[2]), np.float32)
-    lse = np.empty((q.shape[0], heads, q.shape[1]), np.float32)
+    lse = np.empty((q.shape[0], heads, q.shape[1]), np.float32) if keep else None
     _cpu.attention_forward(y, lse, q, k, v, _bias(bias, q, k, heads), heads, scale, causal)
     return y, lse
 

@@ -78,7 +78,7 @@ void mask_row(const Attention& a, int b, int h, int i, int j0, int keys, float* 
       for (int j = 0; j < keys; j++) S[j] += p[(j0 + j) * a.bias_strides[3]];
   }
   int seen = a.causal ? least(keys, i - j0 + 1) : keys;
-  for (int j = most(0, seen); j < KEYS; j++) S[j] = minus_infinity();
+  for (int j = most(0, seen); j < (int)round_up(keys, BLOCK); j++) S[j] = minus_infinity();
 }
 
 const float* head(const float* x, int b, int L, int first, int heads, int d, int h) {
@@ -125,8 +125,11 @@ void attention_forward(const Attention& a) {
                   q + g * s.db * s.q_channel, s.q_channel);
       }
       for (int i = 0; i < count * MANY; i++) m[i] = minus_infinity();
-      memset(l, 0, sizeof(float) * count * MANY * VL);
-      memset(O, 0, sizeof(float) * count * QUERIES * o_row);
+      for (int g = 0; g < count; g++) {
+        int rows = least(QUERIES, a.Lq - (group + g) * QUERIES);
+        memset(O + g * QUERIES * o_row, 0, sizeof(float) * rows * o_row);
+        memset(l + g * MANY * VL, 0, sizeof(float) * rows * VL);
+      }
       for (int kb = 0; kb < kblocks; kb++) {
         int j0 = kb * KEYS, keys = least(KEYS, a.Lk - j0), padded = (int)round_up(keys, BLOCK);
         if (a.causal && j0 > (group + count) * QUERIES - 1) break;
@@ -173,7 +176,7 @@ void attention_forward(const Attention& a) {
           float* y = (float*)head(a.y, b, a.Lq, i0 + r, a.heads, a.dv, h);
           for (int c = 0; c < a.dv; c += VL)
             store_first(y + c, load(O + (g * QUERIES + r) * o_row + c) / sums, a.dv - c);
-          a.lse[((long)b * a.heads + h) * a.Lq + i0 + r] = m[g * MANY + r] + __builtin_logf(sums);
+          if (a.lse) a.lse[((long)b * a.heads + h) * a.Lq + i0 + r] = m[g * MANY + r] + __builtin_logf(sums);
         }
       }
     }

@@ -266,7 +266,7 @@ void attention_forward(View y, View lse, View q, View k, View v, View bias, int 
   Check check{"attention_forward"};
   Attention a = attention(check, q, k, v, bias, heads, scale, causal);
   a.y = check.out(y, "y", {a.B, a.Lq, a.dv * heads});
-  a.lse = check.out(lse, "lse", {a.B, heads, a.Lq});
+  if (lse) a.lse = check.out(lse, "lse", {a.B, heads, a.Lq});
   in_use->attention_forward(a);
 }
 void attention_backward(View dq, View dk, View dv, View dy, View y, View lse, View q, View k, View v, View bias, int heads,

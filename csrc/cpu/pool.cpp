@@ -3,11 +3,15 @@
 //   caller:  write the job, publish (number, next task = 0), take tasks like the others, wait until all are done
 //   worker:  see a new number, take tasks one by one, go back to waiting
 //
+// A worker that sleeps is woken on another core than the caller's: left to itself Linux likes to wake it beside the caller,
+// on the same core, and lets it stay there for milliseconds, in which two threads are as fast as one.
+//
 // A task is taken by moving `ticket`, (job number << 32 | next task), one on with compare-and-swap, so that a worker
 // which wakes late finds either a task of the job whose fields it has just read, or nothing.
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -44,6 +48,22 @@ struct Pool {
   std::atomic<int> tasks{0};
   std::atomic<int> limit{0};  // workers that may help with this job
   std::atomic<int> done{0};
+
+  std::vector<pthread_t> workers;
+  int avoided = -1;  // the core that the workers keep away from
+
+  // Before workers are woken: they may run on every core of this process but the caller's.
+  void avoid_this_core() {
+#if defined(__linux__)
+    int core = sched_getcpu();
+    cpu_set_t cores;
+    if (core < 0 || core == avoided || sched_getaffinity(0, sizeof(cores), &cores)) return;
+    CPU_CLR(core, &cores);
+    if (CPU_COUNT(&cores) == 0) return;
+    for (pthread_t worker : workers) pthread_setaffinity_np(worker, sizeof(cores), &cores);
+    avoided = core;
+#endif
+  }
 
   std::mutex sleep;
   std::condition_variable wake;
@@ -99,7 +119,11 @@ struct Pool {
     }
     while (started < helpers) {
       int lane = ++started;
-      std::thread([this, lane] { work(lane); }).detach();
+      std::thread worker([this, lane] { work(lane); });
+      workers.push_back(worker.native_handle());
+      worker.detach();
+      avoided = -1;
+      avoid_this_core();
     }
     uint64_t job = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
     ticket.store(job << 32 | 0x7fffffff, std::memory_order_seq_cst);  // nobody takes a task while the fields change
@@ -111,6 +135,7 @@ struct Pool {
     job++;
     ticket.store(job << 32, std::memory_order_seq_cst);
     if (sleeping.load() > 0) {
+      avoid_this_core();
       std::lock_guard<std::mutex> lock(sleep);
       wake.notify_all();
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from minidiff.backend import Array, array_module, kernel
-from minidiff.tensor import Tensor, as_tensor, record, unbroadcast
+from minidiff.tensor import Tensor, as_tensor, record, recording, unbroadcast
 
 
 def split_heads(x: Array, heads: int) -> Array:
@@ -40,9 +40,9 @@ def attention_scores(q: Array, k: Array, heads: int, scale: float, bias: Array |
 
 @kernel
 def attention_forward(
-    q: Array, k: Array, v: Array, heads: int, scale: float, bias: Array | None, causal: bool
-) -> tuple[Array, Array]:
-    """q (B, Lq, D), k (B, Lk, D), v (B, Lk, Dv) -> y (B, Lq, Dv), and for the backward lse (B, heads, Lq).
+    q: Array, k: Array, v: Array, heads: int, scale: float, bias: Array | None, causal: bool, keep: bool = True
+) -> tuple[Array, Array | None]:
+    """q (B, Lq, D), k (B, Lk, D), v (B, Lk, Dv) -> y (B, Lq, Dv), and to keep for the backward lse (B, heads, Lq).
 
     lse, the logarithm of the sum of a row's exponentials, gives back the weights, exp(score - lse), without keeping
     them: memory stays linear in the number of tokens for kernels that work by blocks.
@@ -52,7 +52,7 @@ def attention_forward(
     p = array_module(q).exp(scores - top)
     total = p.sum(axis=-1, keepdims=True)
     p /= total
-    return join_heads(p @ split_heads(v, heads)), (top + array_module(q).log(total))[..., 0]
+    return join_heads(p @ split_heads(v, heads)), (top + array_module(q).log(total))[..., 0] if keep else None
 
 
 @kernel
@@ -106,7 +106,8 @@ def attention(
         added = hidden if added is None else added + hidden
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1] // heads)
-    y, lse = attention_forward(q.data, k.data, v.data, heads, scale, added, causal)
+    inputs = (q, k, v) if bias is None else (q, k, v, bias)
+    y, lse = attention_forward(q.data, k.data, v.data, heads, scale, added, causal, recording(inputs))
 
     def backward(dy: Array) -> tuple[Array, ...]:
         # the bias's own gradient needs the whole of dS, which only the reference holds
@@ -114,7 +115,7 @@ def attention(
         dq, dk, dv, ds = call(dy, y, lse, q.data, k.data, v.data, heads, scale, added, causal)
         return (dq, dk, dv) if bias is None else (dq, dk, dv, None if ds is None else unbroadcast(ds, bias.shape))
 
-    return record("attention", y, (q, k, v) if bias is None else (q, k, v, bias), backward)
+    return record("attention", y, inputs, backward)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None, mask: Array | None) -> None:
