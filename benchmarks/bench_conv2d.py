@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from common import Bench, ceilings, in_turns, results_path, run_op, timed, write_json
+from common import Bench, in_turns, results_path, run_op, timed, write_json
 
 from minidiff import no_grad, ops
 from minidiff.tensor import Tensor
@@ -107,10 +107,10 @@ def to_numpy(case: Any, results: list[Any]) -> list[np.ndarray]:
 
 
 def ways(samples: int = 9) -> None:
-    """Our algorithms beside each other, forward on the twelve shapes: which pays where, and is prepared worth it."""
+    """Our algorithms beside each other and the multiply-add ceiling, in turns, forward on the twelve shapes."""
     from minidiff import _cpu
 
-    top, rows = ceilings(), {}
+    rows = {}
     for shape in SHAPES:
         case = CASES[label(*shape)]
         x, w, _, dy = (a.astype(np.float32) for a in arrays(case, np.random.default_rng(0)))
@@ -122,16 +122,18 @@ def ways(samples: int = 9) -> None:
             _cpu.conv2d_forward(y, x, None, w, None, None, None, 1, sides, 1, False, ready, algorithm)
 
         calls = {
+            "ceiling": partial(_cpu.peak, 2_000_000),
             "direct": partial(call, 0), "F(2x2)": partial(call, 2), "F(4x4)": partial(call, 4),
             "F(4x4), weights prepared": partial(call, 4, prepared),
         }  # fmt: skip
         for warm_up in calls.values():
             warm_up()
         seconds = in_turns({way: partial(timed, c, 3) for way, c in calls.items()}, samples)
-        rate = {way: work(case, "forward")[0] / s["median"] for way, s in seconds.items()}
-        rows[label(*shape)] = {"seconds": seconds, "share": {way: r / top["multiply-adds"] for way, r in rate.items()}}
+        top = _cpu.peak(1) * 2_000_000 / seconds.pop("ceiling")["median"]
+        share = {way: work(case, "forward")[0] / s["median"] / top for way, s in seconds.items()}
+        rows[label(*shape)] = {"ceiling": top, "seconds": seconds, "share": share}
         print(label(*shape), {way: round(share, 2) for way, share in rows[label(*shape)]["share"].items()}, flush=True)
-    write_json("conv2d_ways", {"command": "bench_conv2d.py --ways", "ceilings": top, "cases": rows})
+    write_json("conv2d_ways", {"command": "bench_conv2d.py --ways", "cases": rows})
     names = list(next(iter(rows.values()))["share"])
     lines = [f"| direct operations a second / ceiling | {' | '.join(names)} |", "|" + " --- |" * (1 + len(names))]
     for shape, row in rows.items():

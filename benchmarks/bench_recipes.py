@@ -25,26 +25,35 @@ from minidiff.evaluate import evaluate
 from minidiff.models import parameter_count
 from minidiff.train import averaged_weights, new_state, train
 
-GUIDANCE = (1.0, 1.5, 2.0, 3.0)
+GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0)
+FIRST = {  # what the preset was when most of these were compared; the names say what was changed in it
+    "diffusion.schedule": "linear", "diffusion.weight_limit": "5", "unet.time_scale_shift": "true",
+}  # fmt: skip
 RECIPES: dict[str, dict[str, str]] = {
     "preset": {},
-    "AdamW alone": {"train.optimizer": "adamw"},
-    "both objects as often first": {"data.ahead_first": "0.5"},
-    "timestep added, no scale": {"unet.time_scale_shift": "false"},
-    "logit-normal timesteps": {"train.timesteps": "logit_normal", "train.logit_mean": "-0.3"},
-    "all weights 1": {"diffusion.weight_limit": "1"},
-    "eps": {"diffusion.prediction": "eps"},
-    "v": {"diffusion.prediction": "v"},
-    "cosine schedule": {"diffusion.schedule": "cosine"},
-    "16x16, patch 2": {"data.size": "16", "diffusion.patch": "2"},
-    "narrower: 32, 64": {"unet.channels": "32,64"},
-    "wider: 64, 96": {"unet.channels": "64,96"},
-    "attention at 8x8 too": {"unet.attention": "cross,cross"},
-    "text width 128": {"text.width": "128"},
-    "lr 2e-3": {"train.lr": "2e-3"},
-    "lr 3e-4": {"train.lr": "3e-4"},
-    "batch 64": {"train.batch": "64"},
-    "EMA 0.99": {"train.ema_decay": "0.99"},
+    "preset, weight limit 5": {"diffusion.weight_limit": "5"},
+    "preset, linear schedule": {"diffusion.schedule": "linear"},
+    "preset, timestep scales and shifts": {"unet.time_scale_shift": "true"},
+    "preset, channels 64, 64": {"unet.channels": "64,64"},
+    "preset, AdamW alone": {"train.optimizer": "adamw"},
+    "first": FIRST,
+    "first, AdamW alone": {**FIRST, "train.optimizer": "adamw"},
+    "first, both objects as often first": {**FIRST, "data.ahead_first": "0.5"},
+    "first, timestep added, no scale": {**FIRST, "unet.time_scale_shift": "false"},
+    "first, logit-normal timesteps": {**FIRST, "train.timesteps": "logit_normal", "train.logit_mean": "-0.3"},
+    "first, all weights 1": {**FIRST, "diffusion.weight_limit": "1"},
+    "first, eps": {**FIRST, "diffusion.prediction": "eps"},
+    "first, v": {**FIRST, "diffusion.prediction": "v"},
+    "first, cosine schedule": {**FIRST, "diffusion.schedule": "cosine"},
+    "first, 16x16, patch 2": {**FIRST, "data.size": "16", "diffusion.patch": "2"},
+    "first, narrower: 32, 64": {**FIRST, "unet.channels": "32,64"},
+    "first, wider: 64, 96": {**FIRST, "unet.channels": "64,96"},
+    "first, attention at 8x8 too": {**FIRST, "unet.attention": "cross,cross"},
+    "first, text width 128": {**FIRST, "text.width": "128"},
+    "first, lr 2e-3": {**FIRST, "train.lr": "2e-3"},
+    "first, lr 3e-4": {**FIRST, "train.lr": "3e-4"},
+    "first, batch 64": {**FIRST, "train.batch": "64"},
+    "first, EMA 0.99": {**FIRST, "train.ema_decay": "0.99"},
 }
 
 

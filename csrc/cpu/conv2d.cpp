@@ -650,6 +650,20 @@ void conv2d_weight_gradient(const Conv& c, const float* dy, float* dw) {
     a == WINOGRAD4 ? winograd_weight_gradient<F4>(c, dy, dw) : winograd_weight_gradient<F2>(c, dy, dw);
 }
 
+void columns(const Conv& c, float* out) {
+  int C = c.C1;
+  parallel(c.B * c.H, [&](int row, int) {
+    int b = row / c.H, i0 = row % c.H * c.stride - c.top;
+    float* o = out + (long)row * c.W * c.kh * c.kw * C;
+    for (int j = 0; j < c.W; j++)
+      for (int p = 0; p < c.kh; p++)
+        for (int q = 0; q < c.kw; q++, o += C) {
+          const float* from = pixel(c, b, i0 + p, j * c.stride + q - c.left).a;
+          for (int k = 0; k < C; k++) o[k] = from[k];
+        }
+  });
+}
+
 void pool_sum(float* y, const float* x, int B, int h, int w, int C, int factor) {
   parallel(B * h, [&](int row, int) {
     for (int j = 0; j < w; j++)

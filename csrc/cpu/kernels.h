@@ -104,6 +104,8 @@ struct Kernels {
   long (*prepared_size)(const Conv&);  // floats, 0: nothing to prepare
   void (*prepare)(const Conv&, float*);
 
+  // out (B, H, W, kh * kw * C1): the windows of x as rows (im2col)
+  void (*columns)(const Conv&, float* out);
   // y (B, h, w, C): the sum over each square of factor x factor pixels of x (B, factor h, factor w, C)
   void (*pool_sum)(float* y, const float* x, int B, int h, int w, int C, int factor);
 

@@ -71,6 +71,49 @@ Linear one_by_one(const Conv& c, int input) {
   return l;
 }
 
+// With few channels a block of 16 would hold little but zeros; the windows as rows (im2col) are small, and one product.
+constexpr int FEW = 5;
+bool few_inputs(const Conv& c) { return c.kh * c.kw > 1 && c.C1 <= FEW && !c.x2 && !c.shift && c.N > FEW; }
+bool few_outputs(const Conv& c) {
+  return c.kh * c.kw > 1 && c.N <= FEW && c.C1 > FEW && !c.x2 && c.stride == 1 && c.up == 1;
+}
+size_t columns_size(const Conv& c) { return (size_t)c.B * c.H * c.W * c.kh * c.kw * c.C1; }
+
+// The convolution whose result is the gradient of x (or x2): that of dy, its pixels `stride` apart, with the kernel turned
+// round, at the size of the upsampled image.
+Conv turned_round(const Conv& c, const float* dy, int first, int channels) {
+  Conv d;
+  d.x = dy, d.B = c.B, d.h = c.H, d.w = c.W, d.C1 = c.N, d.spread = c.stride;
+  d.weights = c.weights, d.kh = c.kh, d.kw = c.kw, d.flipped = true, d.all_N = c.C1 + c.C2, d.first_N = first;
+  d.top = c.kh - 1 - c.top, d.left = c.kw - 1 - c.left;
+  d.H = c.h * c.up, d.W = c.w * c.up, d.N = channels, d.algorithm = c.algorithm;
+  return d;
+}
+
+Linear of_columns(const Conv& c, const float* rows) {
+  Linear l;
+  l.x = rows, l.w = c.weights, l.M = (long)c.B * c.H * c.W, l.K = c.kh * c.kw * c.C1, l.N = c.N;
+  return l;
+}
+
+// Both gradients at once: a layer from x to the windows of dy, whose weights are the kernel turned round.
+void backward_of_few_outputs(const Conv& c, const float* dy, float* dx, float* dw) {
+  Conv d = turned_round(c, dy, 0, c.C1);
+  int taps = c.kh * c.kw, width = taps * c.N;
+  Temporary rows(columns_size(d)), w((size_t)c.C1 * width), gradient((size_t)c.C1 * width);
+  in_use->columns(d, rows.data);
+  auto at = [&](int k, int tap, int n) { return ((long)(taps - 1 - tap) * c.C1 + k) * c.N + n; };
+  for (int k = 0; k < c.C1; k++)
+    for (int tap = 0; tap < taps; tap++)
+      for (int n = 0; n < c.N; n++) w.data[(long)k * width + tap * c.N + n] = c.weights[at(k, tap, n)];
+  Linear l;
+  l.x = c.x, l.w = w.data, l.M = (long)c.B * c.h * c.w, l.K = c.C1, l.N = width;
+  in_use->linear_backward(l, rows.data, dx, gradient.data, nullptr);
+  for (int k = 0; k < c.C1 && dw; k++)
+    for (int tap = 0; tap < taps; tap++)
+      for (int n = 0; n < c.N; n++) dw[at(k, tap, n)] = gradient.data[(long)k * width + tap * c.N + n];
+}
+
 int kind_of(const Check& check, const std::string& kind, const char* argument) {
   const char* names[] = {"silu", "gelu_exact", "gelu_tanh", "gelu_quick"};
   for (int i = 0; i < 4; i++)
@@ -94,6 +137,14 @@ void conv2d_forward(View y, View x, View x2, View w, View b, View shift, View re
   c.silu = silu;
   c.algorithm = algorithm;
   if (prepared) c.prepared = check.in(prepared, "prepared", {in_use->prepared_size(c)});
+  if (few_inputs(c) && algorithm == CHOOSE) {
+    Temporary rows(columns_size(c));
+    in_use->columns(c, rows.data);
+    Linear l = of_columns(c, rows.data);
+    l.bias = c.bias, l.residual = c.residual, l.y = c.y;
+    if (silu) l.activation = SILU;
+    return in_use->linear(l);
+  }
   if (!is_linear(c)) return in_use->conv2d(c);
   Linear l = one_by_one(c, 0);
   l.bias = c.bias, l.residual = c.residual, l.y = c.y;
@@ -122,17 +173,19 @@ void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, V
     if (c.x2) in_use->linear_backward(one_by_one(c, 1), g, into[1], into_w + (long)c.C1 * c.N, nullptr);
     return;
   }
-  if (dw) in_use->conv2d_weight_gradient(c, g, into_w);
-  // dx is the convolution of dy, its pixels `stride` apart, with the kernel turned round; then each square of an
-  // upsampled image is summed.
+  if (few_outputs(c) && algorithm == CHOOSE) return backward_of_few_outputs(c, g, into[0], into_w);
+  if (dw && few_inputs(c) && algorithm == CHOOSE) {
+    Temporary rows(columns_size(c));
+    in_use->columns(c, rows.data);
+    in_use->linear_backward(of_columns(c, rows.data), g, nullptr, into_w, nullptr);
+  } else if (dw) {
+    in_use->conv2d_weight_gradient(c, g, into_w);
+  }
+  // Each square of an upsampled image is summed.
   for (int input = 0; input < 2; input++)
     if (into[input]) {
       int channels = input ? c.C2 : c.C1, first = input ? c.C1 : 0;
-      Conv d;
-      d.x = g, d.B = c.B, d.h = c.H, d.w = c.W, d.C1 = c.N, d.spread = c.stride;
-      d.weights = c.weights, d.kh = c.kh, d.kw = c.kw, d.flipped = true, d.all_N = c.C1 + c.C2, d.first_N = first;
-      d.top = c.kh - 1 - c.top, d.left = c.kw - 1 - c.left;
-      d.H = c.h * c.up, d.W = c.w * c.up, d.N = channels, d.algorithm = algorithm;
+      Conv d = turned_round(c, g, first, channels);
       Temporary large(c.up > 1 ? (size_t)d.B * d.H * d.W * d.N : 0);
       d.y = c.up > 1 ? large.data : into[input];
       in_use->conv2d(d);

@@ -10,6 +10,7 @@ void conv2d(const Conv&);
 void conv2d_weight_gradient(const Conv&, const float* dy, float* dw);
 long prepared_size(const Conv&);
 void prepare(const Conv&, float*);
+void columns(const Conv&, float*);
 void pool_sum(float* y, const float* x, int B, int h, int w, int C, int factor);
 void linear(const Linear&);
 void linear_backward(const Linear&, const float*, float*, float*, float*);
@@ -58,7 +59,7 @@ static double peak(long repeats) {
 static const Kernels table = {
 #define MINIDIFF_NAME(x) #x
 #define MINIDIFF_STRING(x) MINIDIFF_NAME(x)
-    MINIDIFF_STRING(MINIDIFF_ISA), conv2d, conv2d_weight_gradient, prepared_size, prepare, pool_sum,
+    MINIDIFF_STRING(MINIDIFF_ISA), conv2d, conv2d_weight_gradient, prepared_size, prepare, columns, pool_sum,
     linear, linear_backward, column_sums, group_norm_forward, group_norm_backward, layer_norm_forward,
     layer_norm_backward, attention_forward, attention_backward, pointwise_forward, pointwise_backward, geglu_forward,
     geglu_backward, add, squared_distance, scaled_difference, sum_of_squares, adamw, momentum, descend, orthogonalise, reverse_step, normal, peak};
