@@ -287,9 +287,9 @@ def bars(
             raise ValueError(f"{name!r} has {len(numbers)} values for {len(rows)} rows")
         places = np.arange(len(rows)) + (i - (n - 1) / 2) * 0.8 / n
         drawn = axes.barh(places, numbers, 0.8 / n * 0.9, label=name, color=COLOURS[i], hatch=("", "///", "...")[i % 3])
-        axes.bar_label(drawn, [f"{v:.3g}" if v else "" for v in numbers], padding=2, fontsize=TEXT - 2, color=INK)
+        axes.bar_label(drawn, [_short(v) if v else "" for v in numbers], padding=2, fontsize=TEXT - 2, color=INK)
     if ceiling:
-        axes.axvline(ceiling[1], color=INK, lw=1, ls=STYLES[1], label=f"{ceiling[0]}, {ceiling[1]:.3g}")
+        axes.axvline(ceiling[1], color=INK, lw=1, ls=STYLES[1], label=f"{ceiling[0]}, {_short(ceiling[1])}")
     axes.set_yticks(np.arange(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(xlabel, fontsize=TEXT + 1, color=INK)
@@ -324,6 +324,10 @@ def stacked_shares(
     if title:
         axes.set_title(title, loc="left", fontsize=TITLE, color=INK, parse_math=False)
     return figure
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _whole_pixels(inches: float) -> float:

@@ -4,7 +4,7 @@
 //   xhat = (x - mean) * rstd,   z = gain * xhat + offset,   y = z or silu(z)
 //
 // An image is cut into chunks of rows that stay in a core's cache. Each chunk finds its channels' means and its squared
-// distances from them; Chan's formula joins chunks and channels into groups, without the cancellation of E[x^2] - E[x]^2.
+// distances from them; Chan's formula joins the chunks of a group, without the cancellation of E[x^2] - E[x]^2.
 //
 //   chunks (rows x C)      per channel            per group               chunks again
 //   ┌──────────────┐       mean, M2 ─┐
@@ -87,14 +87,15 @@ void group_norm_forward(const GroupNorm& g) {
     for (int k = 0; k < g.groups; k++) {
       double count = 0, mean = 0, m2 = 0;
       for (int part = 0; part < cuts.parts; part++) {
-        double rows = (double)(cuts.first(part + 1) - cuts.first(part));
+        double rows = (double)(cuts.first(part + 1) - cuts.first(part)), here = 0, around = 0;
         const float* s = stats + ((long)b * cuts.parts + part) * 2 * C;
-        for (int c = k * per_group; c < (k + 1) * per_group; c++) {
-          double delta = s[c] - mean, total = count + rows;
-          mean += delta * rows / total;
-          m2 += s[C + c] + delta * delta * count * rows / total;
-          count = total;
-        }
+        for (int c = k * per_group; c < (k + 1) * per_group; c++) here += s[c];
+        here /= per_group;
+        for (int c = k * per_group; c < (k + 1) * per_group; c++) around += s[C + c] + rows * (s[c] - here) * (s[c] - here);
+        double many = rows * per_group, delta = here - mean, total = count + many;
+        mean += delta * many / total;
+        m2 += around + delta * delta * count * many / total;
+        count = total;
       }
       for (int c = k * per_group; c < (k + 1) * per_group; c++) {
         g.mean[b * C + c] = (float)mean;
