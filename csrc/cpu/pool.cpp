@@ -3,8 +3,8 @@
 //   caller:  write the job, publish (number, next task = 0), take tasks like the others, wait until all are done
 //   worker:  see a new number, take tasks one by one, go back to waiting
 //
-// A worker that sleeps is woken on another core than the caller's: left to itself Linux likes to wake it beside the caller,
-// on the same core, and lets it stay there for milliseconds, in which two threads are as fast as one.
+// Workers are kept off the caller's core: left to itself Linux likes to wake a worker beside the caller, on the same core,
+// and to leave it there, where two threads are no faster than one.
 //
 // A task is taken by moving `ticket`, (job number << 32 | next task), one on with compare-and-swap, so that a worker
 // which wakes late finds either a task of the job whose fields it has just read, or nothing.
@@ -49,20 +49,37 @@ struct Pool {
   std::atomic<int> limit{0};  // workers that may help with this job
   std::atomic<int> done{0};
 
+  static constexpr int WATCHED = 64;
   std::vector<pthread_t> workers;
-  int avoided = -1;  // the core that the workers keep away from
+  std::atomic<int> core_of[WATCHED] = {};  // of each worker when it last took a job, + 1
+  int avoided = -1;                        // the core that the workers keep away from
 
-  // Before workers are woken: they may run on every core of this process but the caller's.
-  void avoid_this_core() {
+  static int this_core() {
 #if defined(__linux__)
-    int core = sched_getcpu();
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+  }
+
+  // Whether a worker took its last job on this core.
+  bool crowded(int core) const {
+    for (int lane = 1; lane <= started && lane < WATCHED; lane++)
+      if (core_of[lane].load(std::memory_order_relaxed) == core + 1) return true;
+    return false;
+  }
+
+  // From now on the workers may run on every core of this process but this one.
+  void avoid(int core) {
+#if defined(__linux__)
     cpu_set_t cores;
-    if (core < 0 || core == avoided || sched_getaffinity(0, sizeof(cores), &cores)) return;
+    if (core < 0 || sched_getaffinity(0, sizeof(cores), &cores)) return;
     CPU_CLR(core, &cores);
     if (CPU_COUNT(&cores) == 0) return;
     for (pthread_t worker : workers) pthread_setaffinity_np(worker, sizeof(cores), &cores);
-    avoided = core;
+    for (auto& place : core_of) place.store(0, std::memory_order_relaxed);
 #endif
+    avoided = core;
   }
 
   std::mutex sleep;
@@ -91,6 +108,9 @@ struct Pool {
     for (;;) {
       uint64_t seen = wait_for_job(job);
       job = seen >> 32;
+      int core = this_core() + 1;
+      if (lane < WATCHED && core_of[lane].load(std::memory_order_relaxed) != core)
+        core_of[lane].store(core, std::memory_order_relaxed);
       take_tasks(seen, lane);
     }
   }
@@ -123,8 +143,9 @@ struct Pool {
       workers.push_back(worker.native_handle());
       worker.detach();
       avoided = -1;
-      avoid_this_core();
     }
+    int core = this_core();
+    if (avoided < 0 || crowded(core) || (core != avoided && sleeping.load() > 0)) avoid(core);
     uint64_t job = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
     ticket.store(job << 32 | 0x7fffffff, std::memory_order_seq_cst);  // nobody takes a task while the fields change
     call.store(f, std::memory_order_relaxed);
@@ -135,7 +156,6 @@ struct Pool {
     job++;
     ticket.store(job << 32, std::memory_order_seq_cst);
     if (sleeping.load() > 0) {
-      avoid_this_core();
       std::lock_guard<std::mutex> lock(sleep);
       wake.notify_all();
     }
