@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from common import Bench, run_op
+from common import Bench, our_passes, run_op, torch_passes
 
-from minidiff import no_grad, ops
+from minidiff import ops
 from minidiff.tensor import Tensor
 
 SHAPES = [  # B, queries, keys, heads, size of a head
@@ -37,44 +37,19 @@ def arrays(case: Any, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def ours(case: Any, given: list[np.ndarray]) -> Any:
-    """On Tensors, tape and all."""
-    heads, leaves = case[3], [Tensor(a, requires_grad=True) for a in given[:3]]
-
-    def forward() -> Any:
-        with no_grad():
-            return [ops.attention(*leaves, heads).data]
-
-    def both() -> Any:
-        for p in leaves:
-            p.grad = None
-        y = ops.attention(*leaves, heads)
-        y.backward(given[3])
-        return [y.data, *(p.grad for p in leaves)]
-
-    return {"forward": forward, "forward + backward": both}
+    """On Tensors."""
+    return our_passes(lambda *qkv: ops.attention(*qkv, case[3]), [Tensor(a, True) for a in given[:3]], given[3])
 
 
 def torchs(case: Any, given: list[Any], way: str) -> Any:
     """scaled_dot_product_attention, with the heads taken apart and joined as in diffusers."""
     import torch
 
-    heads, leaves = case[3], [t.requires_grad_() for t in given[:3]]
-
     def attention(*qkv: Any) -> Any:
-        apart = [t.unflatten(2, (heads, -1)).transpose(1, 2) for t in qkv]
+        apart = [t.unflatten(2, (case[3], -1)).transpose(1, 2) for t in qkv]
         return torch.nn.functional.scaled_dot_product_attention(*apart).transpose(1, 2).flatten(2)
 
-    called = torch.compile(attention) if way == "compiled" else attention
-
-    def forward() -> Any:
-        with torch.inference_mode():
-            return [called(*leaves)]
-
-    def both() -> Any:
-        y = called(*leaves)
-        return [y, *torch.autograd.grad(y, leaves, given[3])]
-
-    return {"forward": forward, "forward + backward": both}
+    return torch_passes(attention, given[:3], given[3], way)
 
 
 def to_numpy(case: Any, results: list[Any]) -> list[np.ndarray]:

@@ -14,9 +14,19 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from common import Bench, in_turns, results_path, run_op, timed, write_json
+from common import (
+    Bench,
+    in_layout,
+    in_turns,
+    our_passes,
+    results_path,
+    run_op,
+    timed,
+    torch_passes,
+    write_json,
+)  # fmt: skip
 
-from minidiff import no_grad, ops
+from minidiff import ops
 from minidiff.tensor import Tensor
 
 SHAPES = [
@@ -56,48 +66,19 @@ def arrays(case: Any, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def ours(case: Any, given: list[np.ndarray]) -> Any:
-    """On Tensors, tape and all."""
+    """On Tensors."""
     k, s = case[5:]
-    x, w, b = (Tensor(a, requires_grad=True) for a in given[:3])
-
-    def forward() -> Any:
-        with no_grad():
-            return [ops.conv2d(x, w, b, s, k // 2).data]
-
-    def both() -> Any:
-        for p in (x, w, b):
-            p.grad = None
-        y = ops.conv2d(x, w, b, s, k // 2)
-        y.backward(given[3])
-        return [y.data, x.grad, w.grad, b.grad]
-
-    return {"forward": forward, "forward + backward": both}
+    return our_passes(lambda *xwb: ops.conv2d(*xwb, s, k // 2), [Tensor(a, True) for a in given[:3]], given[3])
 
 
 def torchs(case: Any, given: list[Any], way: str) -> Any:
-    """Inference mode for the forward."""
+    """Images and kernels in the layout of this way."""
     import torch
 
     k, s = case[5:]
-    memory = torch.channels_last if way == "channels last" else torch.contiguous_format
-    x, dy = (given[i].permute(0, 3, 1, 2).contiguous(memory_format=memory) for i in (0, 3))
-    w = given[1].permute(3, 2, 0, 1).contiguous(memory_format=memory)
-    leaves = [t.requires_grad_() for t in (x, w, given[2])]
-
-    def conv(x: Any, w: Any, b: Any) -> Any:
-        return torch.nn.functional.conv2d(x, w, b, s, k // 2)
-
-    called = torch.compile(conv) if way == "compiled" else conv
-
-    def forward() -> Any:
-        with torch.inference_mode():
-            return [called(*leaves)]
-
-    def both() -> Any:
-        y = called(*leaves)
-        return [y, *torch.autograd.grad(y, leaves, dy)]
-
-    return {"forward": forward, "forward + backward": both}
+    x, dy = (in_layout(given[i], way) for i in (0, 3))
+    w = in_layout(given[1].permute(3, 0, 1, 2), way)
+    return torch_passes(lambda *xwb: torch.nn.functional.conv2d(*xwb, s, k // 2), [x, w, given[2]], dy, way)
 
 
 def to_numpy(case: Any, results: list[Any]) -> list[np.ndarray]:

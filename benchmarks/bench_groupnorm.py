@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from common import Bench, run_op
+from common import Bench, in_layout, our_passes, run_op, torch_passes
 
-from minidiff import no_grad, ops
+from minidiff import ops
 from minidiff.tensor import Tensor
 
 SHAPES = [
@@ -41,45 +41,19 @@ def arrays(case: Any, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def ours(case: Any, given: list[np.ndarray]) -> Any:
-    """On Tensors, tape and all."""
-    leaves = [Tensor(a, requires_grad=True) for a in given[:3]]
-
-    def forward() -> Any:
-        with no_grad():
-            return [ops.group_norm(*leaves, GROUPS, silu=True).data]
-
-    def both() -> Any:
-        for p in leaves:
-            p.grad = None
-        y = ops.group_norm(*leaves, GROUPS, silu=True)
-        y.backward(given[3])
-        return [y.data, *(p.grad for p in leaves)]
-
-    return {"forward": forward, "forward + backward": both}
+    """On Tensors."""
+    leaves = [Tensor(a, True) for a in given[:3]]
+    return our_passes(lambda *xgb: ops.group_norm(*xgb, GROUPS, silu=True), leaves, given[3])
 
 
 def torchs(case: Any, given: list[Any], way: str) -> Any:
     """Two functions, which torch.compile joins."""
     import torch
 
-    memory = torch.channels_last if way == "channels last" else torch.contiguous_format
-    x, dy = (given[i].permute(0, 3, 1, 2).contiguous(memory_format=memory) for i in (0, 3))
-    leaves = [t.requires_grad_() for t in (x, given[1], given[2])]
-
     def norm(x: Any, gamma: Any, beta: Any) -> Any:
         return torch.nn.functional.silu(torch.nn.functional.group_norm(x, GROUPS, gamma, beta))
 
-    called = torch.compile(norm) if way == "compiled" else norm
-
-    def forward() -> Any:
-        with torch.inference_mode():
-            return [called(*leaves)]
-
-    def both() -> Any:
-        y = called(*leaves)
-        return [y, *torch.autograd.grad(y, leaves, dy)]
-
-    return {"forward": forward, "forward + backward": both}
+    return torch_passes(norm, [in_layout(given[0], way), *given[1:3]], in_layout(given[3], way), way)
 
 
 def to_numpy(case: Any, results: list[Any]) -> list[np.ndarray]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from common import Bench, run_op
+from common import Bench, our_passes, run_op, torch_passes
 
-from minidiff import no_grad, ops
+from minidiff import ops
 from minidiff.tensor import Tensor
 
 SHAPES = [  # rows, inputs, outputs, activation
@@ -39,30 +39,17 @@ def arrays(case: Any, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def ours(case: Any, given: list[np.ndarray]) -> Any:
-    """On Tensors, tape and all."""
-    activation, leaves = case[3], [Tensor(a, requires_grad=True) for a in given[:3]]
-
-    def forward() -> Any:
-        with no_grad():
-            return [ops.linear(*leaves, activation=OURS.get(activation, activation)).data]
-
-    def both() -> Any:
-        for p in leaves:
-            p.grad = None
-        y = ops.linear(*leaves, activation=OURS.get(activation, activation))
-        y.backward(given[3])
-        return [y.data, *(p.grad for p in leaves)]
-
-    return {"forward": forward, "forward + backward": both}
+    """On Tensors."""
+    activation = OURS.get(case[3], case[3])
+    leaves = [Tensor(a, True) for a in given[:3]]
+    return our_passes(lambda *xwb: ops.linear(*xwb, activation=activation), leaves, given[3])
 
 
 def torchs(case: Any, given: list[Any], way: str) -> Any:
     """The weight as PyTorch keeps it, (outputs, inputs)."""
     import torch
 
-    activation = case[3]
-    leaves = [given[0].requires_grad_(), given[1].T.contiguous().requires_grad_(), given[2].requires_grad_()]
-    F = torch.nn.functional
+    F, activation = torch.nn.functional, case[3]
 
     def layer(x: Any, w: Any, b: Any) -> Any:
         y = F.linear(x, w, b)
@@ -71,17 +58,7 @@ def torchs(case: Any, given: list[Any], way: str) -> Any:
             return a * F.gelu(g)
         return y if activation is None else getattr(F, activation)(y)
 
-    called = torch.compile(layer) if way == "compiled" else layer
-
-    def forward() -> Any:
-        with torch.inference_mode():
-            return [called(*leaves)]
-
-    def both() -> Any:
-        y = called(*leaves)
-        return [y, *torch.autograd.grad(y, leaves, given[3])]
-
-    return {"forward": forward, "forward + backward": both}
+    return torch_passes(layer, [given[0], given[1].T.contiguous(), given[2]], given[3], way)
 
 
 def to_numpy(case: Any, results: list[Any]) -> list[np.ndarray]:

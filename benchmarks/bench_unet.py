@@ -200,9 +200,12 @@ def torchs(name: str, folder: Path, way: str) -> dict[str, Callable[[int], Any]]
         sin_cos = [waves.sin(), waves.cos()]
         return torch.cat(sin_cos[::-1] if model.time_proj.flip_sin_to_cos else sin_cos, dim=-1)
 
-    def check(batch: int) -> None:
+    def weights(batch: int) -> None:
         np.savez(folder / "weights.npz", **our_state({k: v.numpy() for k, v in model.state_dict().items()}))
         (folder / "config.json").write_text(json.dumps(vars(unet_config(model.config))))
+
+    def check(batch: int) -> None:
+        weights(batch)
         for precision, dtype in (("float32", torch.float32), ("float64", torch.float64)):
             model.to(dtype)
             if dtype == torch.float64:
@@ -213,7 +216,7 @@ def torchs(name: str, folder: Path, way: str) -> dict[str, Callable[[int], Any]]
             np.savez(folder / f"{precision}.npz", output=y, **our_state(grads))
             model.zero_grad()
 
-    return {"check": check, "forward": forward, "step": step, "sampling": sampling}
+    return {"weights": weights, "check": check, "forward": forward, "step": step, "sampling": sampling}
 
 
 class Side:

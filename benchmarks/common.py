@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from minidiff import plotting
+from minidiff import Tensor, no_grad, plotting
 from minidiff.backend import active_kernels, kernels
 
 RESULTS = Path(__file__).parent / "results"
@@ -175,6 +175,49 @@ def relative_errors(got: Sequence[np.ndarray], exact: Sequence[np.ndarray]) -> f
 
 
 # ---- one op over many shapes
+
+
+def our_passes(op: Callable[..., Tensor], leaves: list[Tensor], dy: np.ndarray) -> dict[str, Callable[[], list[Any]]]:
+    """An op of ours on Tensors, tape and all: its result; and its result with all gradients."""
+
+    def forward() -> list[Any]:
+        with no_grad():
+            return [op(*leaves).data]
+
+    def both() -> list[Any]:
+        for leaf in leaves:
+            leaf.grad = None
+        y = op(*leaves)
+        y.backward(dy)
+        return [y.data, *(leaf.grad for leaf in leaves)]
+
+    return {"forward": forward, "forward + backward": both}
+
+
+def torch_passes(op: Callable[..., Any], leaves: list[Any], dy: Any, way: str) -> dict[str, Callable[[], list[Any]]]:
+    """The same of PyTorch, in inference mode for the forward."""
+    import torch
+
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    called = torch.compile(op) if way == "compiled" else op
+
+    def forward() -> list[Any]:
+        with torch.inference_mode():
+            return [called(*leaves)]
+
+    def both() -> list[Any]:
+        y = called(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    return {"forward": forward, "forward + backward": both}
+
+
+def in_layout(images: Any, way: str) -> Any:
+    """Our images (B, H, W, C) as PyTorch's (B, C, H, W), in the memory layout of this way."""
+    import torch
+
+    memory = torch.channels_last if way == "channels last" else torch.contiguous_format
+    return images.permute(0, 3, 1, 2).contiguous(memory_format=memory)
 
 
 @dataclass

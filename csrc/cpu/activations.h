@@ -47,5 +47,20 @@ INLINE vf activated(vf x) {
   gate<KIND>(x, phi, slope);
   return x * phi;
 }
+template <int KIND>
+INLINE vf derivative(vf x) {
+  vf phi, slope;
+  gate<KIND>(x, phi, slope);
+  return phi + x * slope;
+}
+
+// a gelu(g), and from its gradient d those of a and g.
+INLINE vf geglu(vf a, vf g) { return a * activated<GELU_EXACT>(g); }
+INLINE void geglu_gradient(vf d, vf a, vf g, vf& da, vf& dg) {
+  vf phi, slope;
+  gate<GELU_EXACT>(g, phi, slope);
+  da = d * g * phi;
+  dg = d * a * (phi + g * slope);
+}
 
 }  // namespace minidiff::MINIDIFF_ISA

@@ -22,7 +22,6 @@ constexpr int MANY = (QUERIES + VL - 1) / VL * VL;  // room for one number a row
 constexpr int KEYS = 128;  // a multiple of every PANEL and of BLOCK
 static_assert(KEYS % PANEL == 0);
 
-INLINE int blocks(int K) { return (K + BLOCK - 1) / BLOCK; }
 INLINE float minus_infinity() { return -__builtin_inff(); }
 
 // Rows of one head as panels over channels, [c/PANEL][row][width]; rows up to `padded` are zero.

@@ -15,6 +15,7 @@
 // each thread walks through blocks of tiles and streams the weights; with few tiles (and many weights) the transformed
 // input is shared, and each thread owns output panels whose weights it transforms just in time. Distances between the 36
 // positions are an odd number of cache lines, so that writing one value to each does not hit the same few sets.
+#include "activations.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "pool.h"
@@ -54,7 +55,6 @@ INLINE vf channels(const Conv& c, Pixel p, int k) {
 }
 
 INLINE int depth(const Conv& c) { return c.C1 + c.C2; }
-INLINE int blocks(int K) { return (K + BLOCK - 1) / BLOCK; }
 
 // The kernel's matrix (K, N) of one tap.
 INLINE Weights tap_weights(const Conv& c, int tap) {
@@ -150,7 +150,7 @@ void direct_rows(const Conv& c, const Slab& s, const float* slab, const float* p
     for (long at = ((long)b0 * c.H + r0) * c.W; at < ((long)b0 * c.H + r1) * c.W; at++)
       for (int v = n0; v < n0 + width; v += VL) {
         vf y = load_first(c.y + at * c.N + v, c.N - v);
-        store_first(c.y + at * c.N + v, y * vsigmoid(y), c.N - v);
+        store_first(c.y + at * c.N + v, activated<SILU>(y), c.N - v);
       }
 }
 
@@ -443,7 +443,7 @@ void output_tiles(const Conv& c, const float* products, long position, int t0, i
               long o = at + ((long)i * c.W + j) * c.N + v;
               vf y = d[j] + added;
               if (c.residual) y += load_first(c.residual + o, n);
-              store_first(c.y + o, c.silu ? y * vsigmoid(y) : y, n);
+              store_first(c.y + o, c.silu ? activated<SILU>(y) : y, n);
             }
       }
     }
@@ -629,7 +629,7 @@ static void only_added(const Conv& c) {
       if (c.bias) y += load_first(c.bias + n, c.N - n);
       if (c.shift) y += load_first(c.shift + p / ((long)c.H * c.W) * c.N + n, c.N - n);
       if (c.residual) y += load_first(c.residual + p * c.N + n, c.N - n);
-      store_first(c.y + p * c.N + n, c.silu ? y * vsigmoid(y) : y, c.N - n);
+      store_first(c.y + p * c.N + n, c.silu ? activated<SILU>(y) : y, c.N - n);
     }
 }
 

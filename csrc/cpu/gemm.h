@@ -90,6 +90,8 @@ constexpr int MAX_GROUPS = 3;
 constexpr int MAX_GROUPS = 1;
 #endif
 
+INLINE int blocks(int K) { return (K + BLOCK - 1) / BLOCK; }
+
 // Panels: N output channels in panels of PANEL, the last one half as wide where that is enough.
 INLINE int panels(int N) { return (N + PANEL - 1) / PANEL; }
 INLINE int panel_width(int N, int n0) { return N - n0 > VL ? PANEL : VL; }

@@ -14,6 +14,7 @@
 //
 // The backward goes over the same chunks twice: sums of dz and dz * xhat, then dx. dz is computed again rather than kept:
 // an exponential costs less than a number written and read.
+#include "activations.h"
 #include "kernels.h"
 #include "pool.h"
 #include "simd.h"
@@ -110,7 +111,7 @@ void group_norm_forward(const GroupNorm& g) {
       over_channels(g, [&](const Input& in, int k, int c, int n) {
         vf a = load_first(rstd + c, n) * load_first(gain + c, n);
         vf z = (load_first(in.x + r * in.C + k, n) - load_first(mean + c, n)) * a + load_first(offset + c, n);
-        store_first(g.y + r * C + c, g.silu ? z * vsigmoid(z) : z, n);
+        store_first(g.y + r * C + c, g.silu ? activated<SILU>(z) : z, n);
       });
   };
   if (B >= num_threads()) {  // an image a task: its chunks are still in cache when they are read again

@@ -110,7 +110,7 @@ struct Kernels {
   void (*pool_sum)(float* y, const float* x, int B, int h, int w, int C, int factor);
 
   void (*linear)(const Linear&);
-  void (*linear_backward)(const Linear&, const float* dy, float* dx, float* dw, float* db);  // dx, db: may be null
+  void (*linear_backward)(const Linear&, const float* dy, float* dx, float* dw, float* db);  // dx, dw, db: may be null
   void (*column_sums)(float* out, const float* x, int groups, long rows, int N);  // (groups, rows, N) -> (groups, N)
 
   void (*group_norm_forward)(const GroupNorm&);

@@ -24,7 +24,6 @@ constexpr int K_PASS = 1024, FEW_K_PASS = 512, FEW_ROWS = 192, FEW_PANELS = 4;
 constexpr long ROWS_BYTES = 192 << 10;                   // of packed x that a task works on
 constexpr long LARGE_W = 4 << 20, X_IN_CACHE = 8 << 20;  // bytes
 
-INLINE int blocks(int K) { return (K + BLOCK - 1) / BLOCK; }
 
 // Rows k..k + 16 count of the panel n0 as [k][width].
 void pack_panel(const Weights& w, int n0, int k, int count, float* out) {
@@ -85,7 +84,7 @@ void activate(const Sums& z, const Sums& g, float* y, long row, int rows, int n)
     for (int v = 0; v < least(PANEL, n); v += VL) {
       vf a = load_first(z.to + r * z.row + v, n - v);
       if constexpr (KIND == GEGLU)
-        a *= activated<GELU_EXACT>(load_first(g.to + r * g.row + v, n - v));
+        a = geglu(a, load_first(g.to + r * g.row + v, n - v));
       else
         a = activated<KIND>(a);
       store_first(y + r * row + v, a, n - v);
@@ -170,22 +169,16 @@ void many_rows(const Layer& d) {
 }
 
 template <int KIND>
-INLINE vf slope_of(vf z) {
-  vf phi, slope;
-  gate<KIND>(z, phi, slope);
-  return phi + z * slope;
-}
-template <int KIND>
 void gradient_row(const float* dy, const float* z, int columns, float* dz) {
   for (int c = 0; c < columns; c += VL) {
     vf d = load_first(dy + c, columns - c), a = load_first(z + c, columns - c);
     if constexpr (KIND == GEGLU) {
-      vf g = load_first(z + columns + c, columns - c), phi, slope;
-      gate<GELU_EXACT>(g, phi, slope);
-      store_first(dz + c, d * g * phi, columns - c);
-      store_first(dz + columns + c, d * a * (phi + g * slope), columns - c);
+      vf da, dg;
+      geglu_gradient(d, a, load_first(z + columns + c, columns - c), da, dg);
+      store_first(dz + c, da, columns - c);
+      store_first(dz + columns + c, dg, columns - c);
     } else {
-      store_first(dz + c, d * slope_of<KIND>(a), columns - c);
+      store_first(dz + c, d * derivative<KIND>(a), columns - c);
     }
   }
 }
@@ -205,7 +198,7 @@ void linear_backward(const Linear& l, const float* dy, float* dx, float* dw, flo
   int K = l.K, N = l.N, kb = blocks(K), nb = blocks(N), np = panels(N), kp = panels(K), T = num_threads();
   if (db) memset(db, 0, sizeof(float) * N);
   if (l.M == 0 || N == 0) {
-    memset(dw, 0, sizeof(float) * K * N);
+    if (dw) memset(dw, 0, sizeof(float) * K * N);
     if (dx) memset(dx, 0, sizeof(float) * l.M * K);
     return;
   }
@@ -262,7 +255,7 @@ void linear_backward(const Linear& l, const float* dy, float* dx, float* dw, flo
       for (int task = 0; task < fills; task++)
         for (int n = 0; n < N; n += VL)
           store_first(db + n, load_first(db + n, N - n) + load(sums + (long)task * np * PANEL + n), N - n);
-    parallel(np * kparts, [&](int task, int) {
+    if (dw) parallel(np * kparts, [&](int task, int) {
       int n = task / kparts, n0 = n * PANEL, width = panel_width(N, n0);
       int c0 = kb * (task % kparts) / kparts, c1 = kb * (task % kparts + 1) / kparts;
       for (long q = 0; q < many; q += STEP)

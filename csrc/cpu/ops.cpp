@@ -168,9 +168,9 @@ void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, V
   float* into_w = dw ? check.out(dw, "dw", w.shape) : nullptr;
   float* into[2] = {dx ? check.out(dx, "dx", {c.B, c.h, c.w, c.C1}) : nullptr,
                     dx2 ? check.out(dx2, "dx2", {c.B, c.h, c.w, c.C2}) : nullptr};
-  if (is_linear(c) && dw) {
+  if (is_linear(c)) {
     in_use->linear_backward(one_by_one(c, 0), g, into[0], into_w, nullptr);
-    if (c.x2) in_use->linear_backward(one_by_one(c, 1), g, into[1], into_w + (long)c.C1 * c.N, nullptr);
+    if (c.x2) in_use->linear_backward(one_by_one(c, 1), g, into[1], dw ? into_w + (long)c.C1 * c.N : nullptr, nullptr);
     return;
   }
   if (few_outputs(c) && algorithm == CHOOSE) return backward_of_few_outputs(c, g, into[0], into_w);

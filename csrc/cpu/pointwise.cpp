@@ -22,17 +22,13 @@ void pieces(long n, const F& f) {
 template <int KIND>
 void forward_of(float* y, const float* x, long n) {
   pieces(n, [&](long i, int m) {
-    vf v = load_first(x + i, m), phi, slope;
-    gate<KIND>(v, phi, slope);
-    store_first(y + i, v * phi, m);
+    store_first(y + i, activated<KIND>(load_first(x + i, m)), m);
   });
 }
 template <int KIND>
 void backward_of(float* dx, const float* dy, const float* x, long n) {
   pieces(n, [&](long i, int m) {
-    vf v = load_first(x + i, m), phi, slope;
-    gate<KIND>(v, phi, slope);
-    store_first(dx + i, load_first(dy + i, m) * (phi + v * slope), m);
+    store_first(dx + i, load_first(dy + i, m) * derivative<KIND>(load_first(x + i, m)), m);
   });
 }
 
@@ -74,9 +70,8 @@ void geglu_forward(float* y, const float* x, long rows, int D) {
     int tasks = least(rows, 64);
     for (long r = rows * task / tasks; r < rows * (task + 1) / tasks; r++)
       for (int c = 0; c < D; c += VL) {
-        vf a = load_first(x + r * 2 * D + c, D - c), g = load_first(x + r * 2 * D + D + c, D - c), phi, slope;
-        gate<GELU_EXACT>(g, phi, slope);
-        store_first(y + r * D + c, a * g * phi, D - c);
+        vf a = load_first(x + r * 2 * D + c, D - c), g = load_first(x + r * 2 * D + D + c, D - c);
+        store_first(y + r * D + c, geglu(a, g), D - c);
       }
   });
 }
@@ -85,11 +80,10 @@ void geglu_backward(float* dx, const float* dy, const float* x, long rows, int D
     int tasks = least(rows, 64);
     for (long r = rows * task / tasks; r < rows * (task + 1) / tasks; r++)
       for (int c = 0; c < D; c += VL) {
-        vf a = load_first(x + r * 2 * D + c, D - c), g = load_first(x + r * 2 * D + D + c, D - c), phi, slope;
-        vf d = load_first(dy + r * D + c, D - c);
-        gate<GELU_EXACT>(g, phi, slope);
-        store_first(dx + r * 2 * D + c, d * g * phi, D - c);
-        store_first(dx + r * 2 * D + D + c, d * a * (phi + g * slope), D - c);
+        vf a = load_first(x + r * 2 * D + c, D - c), g = load_first(x + r * 2 * D + D + c, D - c), da, dg;
+        geglu_gradient(load_first(dy + r * D + c, D - c), a, g, da, dg);
+        store_first(dx + r * 2 * D + c, da, D - c);
+        store_first(dx + r * 2 * D + D + c, dg, D - c);
       }
   });
 }

@@ -73,13 +73,13 @@ struct Pool {
   void avoid(int core) {
 #if defined(__linux__)
     cpu_set_t cores;
-    if (core < 0 || sched_getaffinity(0, sizeof(cores), &cores)) return;
+    avoided = core;
+    if (sched_getaffinity(0, sizeof(cores), &cores)) return;
     CPU_CLR(core, &cores);
     if (CPU_COUNT(&cores) == 0) return;
     for (pthread_t worker : workers) pthread_setaffinity_np(worker, sizeof(cores), &cores);
     for (auto& place : core_of) place.store(0, std::memory_order_relaxed);
 #endif
-    avoided = core;
   }
 
   std::mutex sleep;
@@ -145,7 +145,7 @@ struct Pool {
       avoided = -1;
     }
     int core = this_core();
-    if (avoided < 0 || crowded(core) || (core != avoided && sleeping.load() > 0)) avoid(core);
+    if (core >= 0 && (avoided < 0 || crowded(core) || (core != avoided && sleeping.load() > 0))) avoid(core);
     uint64_t job = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
     ticket.store(job << 32 | 0x7fffffff, std::memory_order_seq_cst);  // nobody takes a task while the fields change
     call.store(f, std::memory_order_relaxed);
