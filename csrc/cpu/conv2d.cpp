@@ -450,13 +450,19 @@ void output_tiles(const Conv& c, const float* products, long position, int t0, i
   }
 }
 
+// Channels summed in registers before they are added to what is in memory. A sum's rounding grows with its length, and the
+// output transform multiplies it: one sum over 64 channels would have an error a half larger.
+constexpr int CHAIN = 32;
+
 // All products of one panel: out[position][tile][width] (+)= V[position][k][tile] U[position][k][width]
 template <class F>
 void tile_products(const float* V, long v_position, const long* offsets, int kblocks, const float* U, long u_position,
                    int tiles, int width, float* out, long position, bool add) {
+  constexpr int step = CHAIN / BLOCK;
   for (int p = 0; p < F::IN * F::IN; p++)
-    multiply(V + p * v_position, tiles, offsets, kblocks, U + p * u_position, width,
-             Tile{out + p * position, 0, width, width, add, nullptr, nullptr});
+    for (int k = 0; k < kblocks; k += step)
+      multiply(V + p * v_position, tiles, offsets + k, least(step, kblocks - k), U + p * u_position + (long)k * BLOCK * width,
+               width, Tile{out + p * position, 0, width, width, add || k > 0, nullptr, nullptr});
 }
 
 INLINE long kernel_position(int K) { return round_up(K, BLOCK) * PANEL + BLOCK; }

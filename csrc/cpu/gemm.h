@@ -47,10 +47,13 @@ static void product(const float* a, long group, const long* offsets, int blocks,
         }
     }
   }
-  if (!t.add && !t.bias && !t.residual && t.cols >= NV * VL) {  // the commonest case, without a question for each vector
+  if (!t.bias && !t.residual && t.cols >= NV * VL) {  // the commonest cases, without a question for each vector
     UNROLL for (int g = 0; g < G; g++)
-      UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int v = 0; v < NV; v++) store(t.y + g * t.group + m * t.row + v * VL, acc[g][m][v]);
+      UNROLL for (int m = 0; m < M; m++) {
+        float* y = t.y + g * t.group + m * t.row;
+        if (t.add) UNROLL for (int v = 0; v < NV; v++) acc[g][m][v] += load(y + v * VL);
+        UNROLL for (int v = 0; v < NV; v++) store(y + v * VL, acc[g][m][v]);
+      }
     return;
   }
   UNROLL for (int g = 0; g < G; g++)
