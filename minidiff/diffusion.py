@@ -237,7 +237,10 @@ def guided_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: fl
 
 
 def both_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: float) -> tuple[Array, Array | None]:
-    """eps_theta with and without the text, from one batch of twice the size; for w = 0 or 1 one of them, and None."""
+    """eps_theta with and without the text, from one call; for w = 0 or 1 one of them, and None.
+
+    A model with `shares_images` gets the images once and both conditions; others a batch of twice the size.
+    """
     if w != 1 and uncond is None and cond is not None:
         raise ValueError(f"guidance with w = {w} needs the unconditional input too")
     xp = array_module(x_t)
@@ -247,8 +250,11 @@ def both_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: floa
             return as_array(model(x_t, t, cond)), None
         if w == 0:
             return as_array(model(x_t, t, uncond)), None
-        both = as_array(model(xp.concatenate([x_t, x_t]), xp.concatenate([t, t]), join_conditions(cond, uncond)))
-    return both[: len(x_t)], both[len(x_t) :]
+        if not getattr(model, "shares_images", False):
+            x_t, t = xp.concatenate([x_t, x_t]), xp.concatenate([t, t])
+        both = as_array(model(x_t, t, join_conditions(cond, uncond)))
+    B = len(both) // 2
+    return both[:B], both[B:]
 
 
 def join_conditions(a: Any, b: Any) -> tuple[Array, Array | None]:

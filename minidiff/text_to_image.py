@@ -69,6 +69,8 @@ class TextToImage(Module):
     `encode(images)`: images (B, H, W, C) with patches as channels.
     """
 
+    shares_images = True  # cond may hold several conditions an image, as the U-Net's
+
     def __init__(
         self,
         unet: UNetConfig,
@@ -120,8 +122,11 @@ class TextToImage(Module):
         return denoising_loss(self.unet, x0, t, xp.asarray(eps), cond, self.schedule, prediction, weight)
 
     def forward(self, x_t: Array, t: Array, cond: Any) -> Array:
-        """eps_theta(x_t, t, cond), an array like x_t (B, *latent_shape)."""
+        """eps_theta(x_t, t, cond): x_t (B, *latent_shape), cond of k B samples -> an array (k B, *latent_shape)."""
         answer = self.unet(x_t, t, cond).data
+        xp, k = array_module(x_t), len(answer) // max(1, len(x_t))
+        if k > 1:
+            x_t, t = xp.concatenate([x_t] * k), xp.concatenate([xp.broadcast_to(t, x_t.shape[:1])] * k)
         return eps_from_prediction(answer, x_t, t, self.schedule, self.diffusion.prediction)
 
     def time_embedding(self, t: Array) -> Tensor:

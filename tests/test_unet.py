@@ -355,7 +355,7 @@ def test_configs_that_do_not_fit_are_refused(changes, told):
         ((4, 4, 3), ((B, L, TEXT), (B, L)), r"got \(4, 4, 3\)"),
         ((B, 4, 4, 3), None, r"needs cond = \(tokens, mask\)"),
         ((B, 4, 4, 3), ((B, L, TEXT + 1), (B, L)), r"\(2, 5, 7\) does not fit"),
-        ((B, 4, 4, 3), ((B + 1, L, TEXT), (B + 1, L)), r"\(3, 5, 12\)"),
+        ((B, 4, 4, 3), ((B + 1, L, TEXT), (B + 1, L)), r"2 images, got \(3, 5, 6\)"),
         ((B, 4, 4, 3), ((B, L, TEXT), (B, L + 1)), r"mask must be booleans of shape \(2, 5\)"),
     ],
 )
@@ -364,6 +364,34 @@ def test_inputs_that_do_not_fit_are_refused(x_shape, cond_shapes, told):
     with pytest.raises(ValueError, match=told) as caught:
         UNet(tiny())(np.zeros(x_shape, np.float32), 1, cond)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("conditions", [2, 3])
+@pytest.mark.parametrize("times", ["one", "each its own"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_images_meet_several_conditions_as_if_repeated(name, times, conditions):
+    net = randomised(tiny(**CONFIGS[name]))
+    x, t, _ = inputs(net.config)
+    t = t[:1].repeat(len(x)) if times == "one" else t
+    rng = np.random.default_rng(2)
+    tokens, mask = rng.normal(size=(conditions * len(x), L, TEXT)), rng.random((conditions * len(x), L)) < 0.7
+    mask[:, 0] = True
+    dy = rng.normal(size=(len(tokens), *x.shape[1:3], net.config.out_channels))
+
+    def run(x, t):
+        y = net(x, t, (tokens, mask))
+        y.backward(dy)
+        grads = {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
+        for p in net.parameters():
+            p.grad = None
+        return y.data, grads
+
+    y, grads = run(x, t)
+    wanted, wanted_grads = run(np.concatenate([x] * conditions), np.concatenate([t] * conditions))
+    np.testing.assert_allclose(y, wanted, rtol=1e-10, atol=1e-10)
+    assert grads.keys() == wanted_grads.keys()
+    for key, g in grads.items():
+        np.testing.assert_allclose(g, wanted_grads[key], rtol=1e-9, atol=1e-9, err_msg=key)
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 1)])

@@ -390,14 +390,7 @@ void kernel_panel(const Conv& c, int k0, int k1, int n0, float* out, long positi
       vf taps[9][BLOCK];
       for (int tap = 0; tap < 9; tap++) {
         Weights w = tap_weights(c, tap);
-        // Rows of the kernel are a channel count apart, which the hardware's prefetcher does not follow.
-        if (v == 0 && k + BLOCK < w.K) {
-          if (w.transposed)
-            for (int i = 0; i < width && n0 + i < w.N; i++) __builtin_prefetch(w.w + (n0 + i) * w.stride + k + BLOCK, 0, 2);
-          else
-            for (int j = 0; j < BLOCK; j++)
-              for (int h = 0; h < width; h += 16) __builtin_prefetch(w.w + (k + BLOCK + j) * w.stride + n0 + h, 0, 2);
-        }
+        if (v == 0) prefetch(w, k + BLOCK, k + 2 * BLOCK, n0, n0 + width);
         read_block(w, k, n0 + v, taps[tap]);
       }
       for (int j = 0; j < BLOCK; j++) {
@@ -450,19 +443,22 @@ void output_tiles(const Conv& c, const float* products, long position, int t0, i
   }
 }
 
-// Channels summed in registers before they are added to what is in memory. A sum's rounding grows with its length, and the
-// output transform multiplies it: one sum over 64 channels would have an error a half larger.
-constexpr int CHAIN = 32;
+// How many blocks of channels are summed in registers before they are added to what is in memory. A sum's rounding grows with
+// its length, and the output transform multiplies it: one sum over 64 channels has an error a half larger than two over 32.
+// With many channels a direct convolution's error is as large, and longer sums are quicker.
+INLINE int chain(const Conv& c) { return depth(c) <= 128 ? 2 : 4; }
 
-// All products of one panel: out[position][tile][width] (+)= V[position][k][tile] U[position][k][width]
-template <class F>
-void tile_products(const float* V, long v_position, const long* offsets, int kblocks, const float* U, long u_position,
-                   int tiles, int width, float* out, long position, bool add) {
-  constexpr int step = CHAIN / BLOCK;
-  for (int p = 0; p < F::IN * F::IN; p++)
+// All products of one panel: out[position][tile][width] (+)= V[position][k][tile] U[position][k][width]. before(p) is called
+// before those of position p.
+template <class F, class Before>
+void tile_products(const float* V, long v_position, const long* offsets, int kblocks, int step, const float* U,
+                   long u_position, int tiles, int width, float* out, long position, bool add, const Before& before) {
+  for (int p = 0; p < F::IN * F::IN; p++) {
+    before(p);
     for (int k = 0; k < kblocks; k += step)
       multiply(V + p * v_position, tiles, offsets + k, least(step, kblocks - k), U + p * u_position + (long)k * BLOCK * width,
                width, Tile{out + p * position, 0, width, width, add || k > 0, nullptr, nullptr});
+  }
 }
 
 INLINE long kernel_position(int K) { return round_up(K, BLOCK) * PANEL + BLOCK; }
@@ -499,8 +495,17 @@ void winograd_few(const Conv& c) {
         U = c.prepared + n * P * u_position + (long)k * width;
       else
         kernel_panel<F>(c, k, k1, n0, buffer, u_position);
-      tile_products<F>(V + t0 * BLOCK, v_position, offsets, (k1 - k) / BLOCK, U, u_position, t1 - t0, width, products,
-                       position, k > 0);
+      // What is transformed next, here or in the task that likely follows in this lane, is on its way meanwhile, a little
+      // with each position: asked for at once it would be waited for.
+      bool same = k1 < K;
+      int k_ahead = same ? k1 : 0, n_ahead = same ? n0 : (task + T) / groups * PANEL, parts = 9 * rows / BLOCK;
+      tile_products<F>(V + t0 * BLOCK, v_position, offsets, (k1 - k) / BLOCK, chain(c), U, u_position, t1 - t0, width,
+                       products, position, k > 0, [&](int p) {
+                         for (int i = parts * p / P; !c.prepared && i < parts * (p + 1) / P; i++) {
+                           int from = k_ahead + i % (rows / BLOCK) * BLOCK;
+                           prefetch(tap_weights(c, i / (rows / BLOCK)), from, from + BLOCK, n_ahead, n_ahead + PANEL);
+                         }
+                       });
     }
     output_tiles<F>(c, products, position, t0, t1, n0);
   });
@@ -543,8 +548,8 @@ void winograd_many(const Conv& c) {
     input_tiles<F>(c, t0, t1, V, v_position, channel);
     for (int n = 0; n < np; n++) {
       int width = panel_width(c.N, n * PANEL);
-      tile_products<F>(V, v_position, offsets, kb, U + n * P * u_position, u_position, t1 - t0, width, products, position,
-                       false);
+      tile_products<F>(V, v_position, offsets, kb, chain(c), U + n * P * u_position, u_position, t1 - t0, width, products,
+                       position, false, [](int) {});
       output_tiles<F>(c, products, position, t0, t1, n * PANEL);
     }
   });

@@ -206,6 +206,16 @@ struct Weights {
   bool transposed;  // stored rows are n, not k
 };
 
+// Asks for rows k0..k1 of columns n0..n1, as far as they exist. They are a whole row of the matrix apart, which the hardware's
+// own prefetcher does not follow.
+INLINE void prefetch(const Weights& b, int k0, int k1, int n0, int n1) {
+  constexpr int LINE = 16;
+  k1 = least(k1, b.K), n1 = least(n1, b.N);
+  int r0 = b.transposed ? n0 : k0, r1 = b.transposed ? n1 : k1, c0 = b.transposed ? k0 : n0, c1 = b.transposed ? k1 : n1;
+  for (int r = r0; r < r1; r++)
+    for (int c = c0; c < c1; c += LINE) __builtin_prefetch(b.w + r * b.stride + c, 0, 2);
+}
+
 // BLOCK rows from k0 of columns n0..n0+VL; what lies outside K and N is zero.
 INLINE void read_block(const Weights& b, int k0, int n0, vf out[BLOCK]) {
   if (!b.transposed) {

@@ -124,8 +124,14 @@ void few_rows(const Layer& d) {
       int depth = least(pass, d.kb - k);
       for (int i = 0; i < d.sides * count; i++)
         pack_panel(d.weights(i / count), (first + i % count) * PANEL, k, depth, chunks + i * chunk);
+      // What is packed next, here or in the task that likely follows in this lane, is on its way meanwhile.
+      bool same = k + pass < d.kb;
+      int ahead = (same ? first : first + T * together) * PANEL, k_ahead = (same ? k + pass : 0) * BLOCK;
       for (int t = 0; t < tiles; t++) {
         long r0 = (long)M * t / tiles, r1 = (long)M * (t + 1) / tiles;
+        for (int side = 0; side < d.sides; side++)
+          prefetch(d.weights(side), k_ahead + pass * BLOCK * t / tiles, k_ahead + pass * BLOCK * (t + 1) / tiles, ahead,
+                   ahead + together * PANEL);
         for (int i = 0; i < d.sides * count; i++) {
           int side = i / count, n = first + i % count;
           one_pass(packed + r0 * BLOCK, channel, r1 - r0, k, depth, chunks + i * chunk, d.left(n),

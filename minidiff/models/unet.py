@@ -111,6 +111,8 @@ class ResBlock(Module):
         skip: the last of the C_in channels, beside x's.
         """
         time = self.time_emb_proj(emb)
+        if len(emb.data) > 1:
+            time = _once_a_condition(time, x)
         h = self.norm1(x, beside=skip)
         if self.scale_shift:
             C = time.shape[-1] // 2
@@ -189,8 +191,8 @@ class TransformerBlock(Module):
         self.ff = FeedForward(c)
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Array | None) -> Tensor:
-        """x (B, N, C), tokens (B, L, D), mask (B, L) or None -> (B, N, C)."""
-        x = self.attn1(self.norm1(x), residual=x)
+        """x (B, N, C), tokens (k B, L, D), mask (k B, L) or None -> (k B, N, C)."""
+        x = _once_a_condition(self.attn1(self.norm1(x), residual=x), tokens)
         x = self.attn2(self.norm2(x), tokens, mask, residual=x)
         return self.ff(self.norm3(x), residual=x)
 
@@ -206,14 +208,20 @@ class CrossAttentionBlock(Module):
         self.proj_out = Linear(c, c, zero=True) if self.linear else Conv2d(c, c, kernel=1, padding=0, zero=True)
 
     def forward(self, x: Tensor, tokens: Tensor | None, mask: Array | None) -> Tensor:
-        """x (B, H, W, C), tokens (B, L, D), mask (B, L) or None -> (B, H, W, C)."""
+        """x (B, H, W, C), tokens (k B, L, D), mask (k B, L) or None -> (k B, H, W, C)."""
         if tokens is None:
             raise ValueError("this U-Net has cross-attention: it needs cond = (tokens, mask)")
         B, H, W, C = x.shape
         h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
         for block in self.transformer_blocks:
             h = block(h, tokens, mask)
-        return self.proj_out(h.reshape(B, H, W, C), residual=x)
+        return self.proj_out(h.reshape(-1, H, W, C), residual=_once_a_condition(x, h))
+
+
+def _once_a_condition(x: Tensor, wanted: Tensor) -> Tensor:
+    """x (B, ...) repeated to the k B samples of `wanted`: images meet k conditions, and what they share ends here."""
+    k = len(wanted.data) // max(1, len(x.data))
+    return x if k <= 1 else ops.concat([x] * k, axis=0)
 
 
 def _attention_block(kind: str, level: int, config: UNetConfig) -> Module | None:
@@ -305,7 +313,7 @@ class UpBlock(Module):
     ) -> Tensor:
         """x at this level's size; takes its skips off the end of the list -> at twice the size unless it is the top."""
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = run(resnet, x, emb, skips.pop())
+            x = run(resnet, x, emb, _once_a_condition(skips.pop(), x))
             if attention is not None:
                 x = run(attention, x, tokens, mask)
         for upsample in self.upsamplers:
@@ -320,13 +328,19 @@ class UNet(Module):
     mask (B, L) booleans or None), or None without text -> Tensor (B, H, W, out_channels). H and W must be divisible by
     2^(levels - 1). `checkpointing = True` trades a second forward pass of each block for its memory.
 
+    cond may hold k B samples: all images under one condition each, then under another, and so on (classifier-free
+    guidance has two). The answer has k B samples too, and what comes before the first look at the text is done once.
+
     seed: initialises the parameters; None leaves them empty for `load`.
     """
+
+    shares_images = True  # cond may hold several conditions an image
 
     def __init__(self, config: UNetConfig, seed: int | None = 0):
         levels = range(len(config.channels))
         self.config = config
         self.checkpointing = False
+        self._looks_at_text = "cross" in (*config.attention, config.mid_attention)
         self.conv_in = Conv2d(config.in_channels, config.channels[0])
         self.time_embedding = TimeEmbedding(config)
         self.down_blocks = [DownBlock(level, config) for level in levels]
@@ -343,8 +357,8 @@ class UNet(Module):
         x = as_tensor(x_t)
         xp = array_module(x.data)
         t = xp.asarray(t)
-        self._check(x, t)
         tokens, mask = (None, None) if cond is None else (as_tensor(cond[0]), cond[1])
+        self._check(x, t, tokens)
         t = t.reshape(-1)
         if xp is np and (t == t[:1]).all():  # all samples are at one time, as in sampling: one row serves them
             t = t[:1]
@@ -352,6 +366,8 @@ class UNet(Module):
         run = _checkpointed if self.checkpointing else _plainly
 
         x = self.conv_in(x)
+        if tokens is not None and not self._looks_at_text:
+            x = _once_a_condition(x, tokens)
         skips = [x]
         for down in self.down_blocks:
             skips += down(skips[-1], emb, tokens, mask, run)
@@ -360,7 +376,8 @@ class UNet(Module):
             x = up(x, skips, emb, tokens, mask, run)
         return self.conv_out(self.conv_norm_out(x))
 
-    def _check(self, x: Tensor, t: Array) -> None:
+    def _check(self, x: Tensor, t: Array, tokens: Tensor | None) -> None:
+        B = x.shape[0] if x.ndim else 0
         stride = 2 ** (len(self.config.channels) - 1)
         if x.ndim != 4 or x.shape[3] != self.config.in_channels or x.shape[1] % stride or x.shape[2] % stride:
             raise ValueError(
@@ -368,6 +385,8 @@ class UNet(Module):
             )
         if t.shape not in ((), (1,), x.shape[:1]):
             raise ValueError(f"UNet: wanted one t, or one a sample {x.shape[:1]}, got {t.shape}")
+        if tokens is not None and (tokens.ndim != 3 or tokens.shape[0] < B or tokens.shape[0] % max(1, B)):
+            raise ValueError(f"UNet: wanted tokens (k * {B}, L, D) for {B} images, got {tokens.shape}")
 
 
 def _plainly(block: Module, *inputs: Any) -> Tensor:
