@@ -39,11 +39,13 @@ void pack_wide(const float* x, long step, int C, int rows, float* out, long pane
     for (int r = 0; r < rows; r++)
       store(out + c / PANEL * panel + r * PANEL + c % PANEL, load_first(x + r * step + c, C - c));
 }
-// Rows transposed, a panel for every PANEL rows: [row/PANEL][c][PANEL]; rows up to a multiple of BLOCK are zero.
+// Rows transposed, a panel for every PANEL rows: [row/PANEL][c][width]; rows up to a multiple of BLOCK are zero.
 void pack_transposed(const float* x, long step, int C, int rows, float* out, long panel) {
   Weights w{x, C, rows, step, true};
-  for (int n = 0; n < round_up(rows, BLOCK); n += PANEL)
-    for (int c = 0; c < C; c += BLOCK) pack_block(w, c, n, PANEL, out + n / PANEL * panel + c * PANEL);
+  for (int n = 0, padded = (int)round_up(rows, BLOCK); n < padded; n += PANEL) {
+    int width = panel_width(padded, n);
+    for (int c = 0; c < C; c += BLOCK) pack_block(w, c, n, width, out + n / PANEL * panel + c * width);
+  }
 }
 
 struct Sizes {
@@ -62,9 +64,11 @@ struct Sizes {
 void scores(const float* q, int rows, const Sizes& s, int db, const float* k, int keys, float* S) {
   long offsets[MAX_CHANNELS / BLOCK];
   for (int i = 0; i < db; i++) offsets[i] = i * s.q_channel;
-  for (int n = 0; n < round_up(keys, BLOCK); n += PANEL)
-    multiply(q, rows, offsets, db, k + n / PANEL * ((long)db * BLOCK * PANEL + BLOCK), PANEL,
-             Tile{S + n, 0, KEYS, PANEL, false, nullptr, nullptr});
+  for (int n = 0, padded = (int)round_up(keys, BLOCK); n < padded; n += PANEL) {
+    int width = panel_width(padded, n);
+    multiply(q, rows, offsets, db, k + n / PANEL * ((long)db * BLOCK * PANEL + BLOCK), width,
+             Tile{S + n, 0, KEYS, width, false, nullptr, nullptr});
+  }
 }
 
 // Adds the bias and hides keys that a query may not see (behind the last, or later than the query if causal).
@@ -124,10 +128,9 @@ void attention_forward(const Attention& a) {
                   q + g * s.db * s.q_channel, s.q_channel);
       }
       for (int i = 0; i < count * MANY; i++) m[i] = minus_infinity();
-      for (int g = 0; g < count; g++) {
-        int rows = least(QUERIES, a.Lq - (group + g) * QUERIES);
-        memset(O + g * QUERIES * o_row, 0, sizeof(float) * rows * o_row);
-        memset(l + g * MANY * VL, 0, sizeof(float) * rows * VL);
+      if (kblocks == 0) {
+        memset(O, 0, sizeof(float) * count * QUERIES * o_row);
+        memset(l, 0, sizeof(float) * count * MANY * VL);
       }
       for (int kb = 0; kb < kblocks; kb++) {
         int j0 = kb * KEYS, keys = least(KEYS, a.Lk - j0), padded = (int)round_up(keys, BLOCK);
@@ -153,19 +156,20 @@ void attention_forward(const Attention& a) {
             store(shrink + r, vexp(before - from));
           }
           for (int r = 0; r < rows; r++) {
-            vf from = all(base[r]), total = load(lg + r * VL) * shrink[r];
+            vf from = all(base[r]), total = {};
+            if (kb > 0) total = load(lg + r * VL) * shrink[r];
             for (int j = 0; j < padded; j += VL) {
               vf e = vexp(load(S + r * KEYS + j) - from);
               total += e;
               store(P + j / BLOCK * s.p_block + r * BLOCK + j % BLOCK, e);
             }
             store(lg + r * VL, total);
-            if (shrink[r] != 1.0f)
+            if (kb > 0 && shrink[r] != 1.0f)
               for (int c = 0; c < o_row; c += VL) store(Og + r * o_row + c, load(Og + r * o_row + c) * shrink[r]);
           }
           for (int n = 0; n < vp; n++)
             multiply(P, rows, p_offsets, padded / BLOCK, v + n * s.v_panel, panel_width(a.dv, n * PANEL),
-                     Tile{Og + n * PANEL, 0, o_row, panel_width(a.dv, n * PANEL), true, nullptr, nullptr});
+                     Tile{Og + n * PANEL, 0, o_row, panel_width(a.dv, n * PANEL), kb > 0, nullptr, nullptr});
         }
       }
       for (int g = 0; g < count; g++) {

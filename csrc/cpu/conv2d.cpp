@@ -31,17 +31,16 @@ struct Pixel {
   const float *a, *b;  // its channels in x and x2
 };
 
-INLINE int seen_height(const Conv& c) { return c.spread > 1 ? (c.h - 1) * c.spread + 1 : c.h * c.up; }
-INLINE int seen_width(const Conv& c) { return c.spread > 1 ? (c.w - 1) * c.spread + 1 : c.w * c.up; }
+// Which row (of h) or column (of w) of x lies at i of the image that is seen; -1 for padding, and between spread pixels.
+INLINE int source(const Conv& c, int i, int n) {
+  if (i < 0) return -1;
+  if (c.spread > 1) return i % c.spread == 0 && i / c.spread < n ? i / c.spread : -1;
+  return i < n * c.up ? i / c.up : -1;
+}
 
-INLINE Pixel pixel(const Conv& c, int b, int i, int j) {
-  if (i < 0 || j < 0 || i >= seen_height(c) || j >= seen_width(c)) return {zeros, zeros};
-  if (c.up > 1) i /= c.up, j /= c.up;
-  if (c.spread > 1) {
-    if (i % c.spread || j % c.spread) return {zeros, zeros};
-    i /= c.spread, j /= c.spread;
-  }
-  long at = ((long)b * c.h + i) * c.w + j;
+INLINE Pixel pixel(const Conv& c, int b, int row, int column) {
+  if ((row | column) < 0) return {zeros, zeros};
+  long at = ((long)b * c.h + row) * c.w + column;
   return {c.x + at * c.C1, c.x2 ? c.x2 + at * c.C2 : zeros};
 }
 
@@ -97,8 +96,9 @@ Slab slab_of(const Conv& c, long limit) {
 }
 
 void fill_slab_row(const Conv& c, const Slab& s, int b, int r, float* out) {
+  int row = source(c, r - c.top, c.h);
   for (int j = 0; j < s.columns * c.stride; j++) {
-    Pixel p = pixel(c, b, r - c.top, j - c.left);
+    Pixel p = pixel(c, b, row, source(c, j - c.left, c.w));
     float* o = out + ((long)(j % c.stride) * s.columns + j / c.stride) * BLOCK;
     for (int k = 0; k < depth(c); k += BLOCK, o += s.channel)
       for (int v = 0; v < BLOCK; v += VL) store(o + v, channels(c, p, k + v));
@@ -328,8 +328,12 @@ void input_tiles(const Conv& c, int t0, int t1, float* out, long position, long 
     int b, i0, j0;
     g.place(t, b, i0, j0);
     Pixel p[N * N];
-    for (int i = 0; i < N; i++)
-      for (int j = 0; j < N; j++) p[i * N + j] = pixel(c, b, i0 + i - c.top, j0 + j - c.left);
+    int columns[N];
+    for (int j = 0; j < N; j++) columns[j] = source(c, j0 + j - c.left, c.w);
+    for (int i = 0; i < N; i++) {
+      int row = source(c, i0 + i - c.top, c.h);
+      for (int j = 0; j < N; j++) p[i * N + j] = pixel(c, b, row, columns[j]);
+    }
     for (int k = 0; k < depth(c); k += VL) {
       float* o = out + k / BLOCK * channel + k % BLOCK;
       vf d[N * N], e[N * N];
@@ -428,16 +432,25 @@ void output_tiles(const Conv& c, const float* products, long position, int t0, i
         UNROLL for (int i = 0; i < N; i++) q[i] = load(p + (i * N + j) * position);
         F::template output<1, N>(q, e + j);
       }
-      UNROLL for (int i = 0; i < M; i++) {
+      float* y = c.y + at + v;
+      const float* residual = c.residual ? c.residual + at + v : nullptr;
+      long row = (long)c.W * c.N;
+      if (rows == M && columns == M && n >= VL && !c.silu) {  // the commonest case, without a question for each pixel
+        UNROLL for (int i = 0; i < M; i++) {
+          F::template output<1, 1>(e + i * N, d);
+          if (residual)
+            UNROLL for (int j = 0; j < M; j++) d[j] += load(residual + i * row + j * c.N);
+          UNROLL for (int j = 0; j < M; j++) store(y + i * row + j * c.N, d[j] + added);
+        }
+        continue;
+      }
+      for (int i = 0; i < rows; i++) {
         F::template output<1, 1>(e + i * N, d);
-        if (i < rows)
-          UNROLL for (int j = 0; j < M; j++)
-            if (j < columns) {
-              long o = at + ((long)i * c.W + j) * c.N + v;
-              vf y = d[j] + added;
-              if (c.residual) y += load_first(c.residual + o, n);
-              store_first(c.y + o, c.silu ? activated<SILU>(y) : y, n);
-            }
+        for (int j = 0; j < columns; j++) {
+          vf sums = d[j] + added;
+          if (residual) sums += load_first(residual + i * row + j * c.N, n);
+          store_first(y + i * row + j * c.N, c.silu ? activated<SILU>(sums) : sums, n);
+        }
       }
     }
   }
@@ -446,7 +459,7 @@ void output_tiles(const Conv& c, const float* products, long position, int t0, i
 // How many blocks of channels are summed in registers before they are added to what is in memory. A sum's rounding grows with
 // its length, and the output transform multiplies it: one sum over 64 channels has an error a half larger than two over 32.
 // With many channels a direct convolution's error is as large, and longer sums are quicker.
-INLINE int chain(const Conv& c) { return depth(c) <= 128 ? 2 : 4; }
+INLINE int chain(const Conv& c) { return depth(c) <= 48 ? 3 : depth(c) <= 128 ? 2 : 4; }
 
 // All products of one panel: out[position][tile][width] (+)= V[position][k][tile] U[position][k][width]. before(p) is called
 // before those of position p.
@@ -669,7 +682,7 @@ void columns(const Conv& c, float* out) {
     for (int j = 0; j < c.W; j++)
       for (int p = 0; p < c.kh; p++)
         for (int q = 0; q < c.kw; q++, o += C) {
-          const float* from = pixel(c, b, i0 + p, j * c.stride + q - c.left).a;
+          const float* from = pixel(c, b, source(c, i0 + p, c.h), source(c, j * c.stride + q - c.left, c.w)).a;
           for (int k = 0; k < C; k++) o[k] = from[k];
         }
   });
