@@ -47,6 +47,16 @@ def _op(function: F) -> F:
 
     @wraps(function)
     def call(*args: Any) -> Any:
+        for a in args:
+            kind = type(a)
+            if kind is array:
+                if a.dtype is not float32 or not a.flags.c_contiguous:
+                    return careful(*args)
+            elif kind not in PLAIN:
+                return careful(*args)
+        return function(*args)
+
+    def careful(*args: Any) -> Any:
         gaps = []
         for i, a in enumerate(args):
             kind = type(a)
@@ -59,8 +69,6 @@ def _op(function: F) -> F:
                 first = a[0] if kind is list and a else a
                 if hasattr(first, "dtype") and (type(first) is not array or first.dtype != float32):
                     return REFERENCE[name](*args)
-        if not gaps:
-            return function(*args)
         return function(*(np.ascontiguousarray(a) if i in gaps else a for i, a in enumerate(args)))
 
     OPS[function.__name__] = call

@@ -237,24 +237,38 @@ def guided_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: fl
 
 
 def both_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: float) -> tuple[Array, Array | None]:
-    """eps_theta with and without the text, from one call; for w = 0 or 1 one of them, and None.
+    """eps_theta with and without the text, from one call; for w = 0 or 1 one of them, and None."""
+    return conditioned(model, cond, uncond, w)(x_t, t)
 
-    A model with `shares_images` gets the images once and both conditions; others a batch of twice the size.
+
+def conditioned(
+    model: Model, cond: Any, uncond: Any, w: float
+) -> Callable[[Array, Array], tuple[Array, Array | None]]:
+    """`both_eps` as a function of (x_t, t) alone, for a walk through many t under the same text.
+
+    A model with a method `prepare(cond)` keeps there what it will need at every t, and takes each image once for both
+    conditions (`UNet`); others get a batch of twice the size.
     """
     if w != 1 and uncond is None and cond is not None:
         raise ValueError(f"guidance with w = {w} needs the unconditional input too")
-    xp = array_module(x_t)
-    t = xp.broadcast_to(xp.asarray(t), x_t.shape[:1])
-    with no_grad():
-        if w == 1 or uncond is None:
-            return as_array(model(x_t, t, cond)), None
-        if w == 0:
-            return as_array(model(x_t, t, uncond)), None
-        if not getattr(model, "shares_images", False):
-            x_t, t = xp.concatenate([x_t, x_t]), xp.concatenate([t, t])
-        both = as_array(model(x_t, t, join_conditions(cond, uncond)))
-    B = len(both) // 2
-    return both[:B], both[B:]
+    alone = w in (0, 1) or uncond is None
+    given = join_conditions(cond, uncond) if not alone else uncond if w == 0 and uncond is not None else cond
+    prepare = getattr(model, "prepare", None)
+    if prepare is not None and given is not None:
+        given = prepare(given)
+
+    def eps(x_t: Array, t: Array) -> tuple[Array, Array | None]:
+        xp = array_module(x_t)
+        t = xp.broadcast_to(xp.asarray(t), x_t.shape[:1])
+        with no_grad():
+            if alone:
+                return as_array(model(x_t, t, given)), None
+            if prepare is None:
+                x_t, t = xp.concatenate([x_t, x_t]), xp.concatenate([t, t])
+            both = as_array(model(x_t, t, given))
+        return both[: len(both) // 2], both[len(both) // 2 :]
+
+    return eps
 
 
 def join_conditions(a: Any, b: Any) -> tuple[Array, Array | None]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minidiff.backend import Array
-from minidiff.diffusion import Model, both_eps, clip_x0, ddim_coefficients, denoise_step, predict_x0, reverse_step
+from minidiff.diffusion import Model, clip_x0, conditioned, ddim_coefficients, denoise_step, predict_x0, reverse_step
 from minidiff.schedule import Schedule
 
 Noise = Callable[[int], Array]
@@ -88,9 +88,9 @@ def ddim(
         raise ValueError(f"ddim: eta must be in 0..1, got {eta}")
     if eta > 0 and noise is None:
         raise ValueError("ddim: eta > 0 adds noise; give the `noise` to add")
-    x_t = x_T
-    for i, (t, t_prev) in enumerate(_pairs(timesteps, schedule)):
-        eps_cond, eps_uncond = both_eps(model, x_t, t, cond, uncond, w)
+    x_t, pairs, both_eps = x_T, _pairs(timesteps, schedule), conditioned(model, cond, uncond, w)
+    for i, (t, t_prev) in enumerate(pairs):
+        eps_cond, eps_uncond = both_eps(x_t, t)
         z = noise(i) if noise is not None and eta > 0 else None
         alpha_bar = schedule.alpha_bar_at(t)
         levels = float(np.sqrt(alpha_bar)), float(np.sqrt(1 - alpha_bar))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,10 +76,10 @@ class Tensor:
         self.node: Node | None = None
         self.requires_grad = requires_grad
 
-    shape = property(lambda self: self.data.shape)
-    dtype = property(lambda self: self.data.dtype)
-    ndim = property(lambda self: self.data.ndim)
-    size = property(lambda self: self.data.size)
+    shape = property(attrgetter("data.shape"))
+    dtype = property(attrgetter("data.dtype"))
+    ndim = property(attrgetter("data.ndim"))
+    size = property(attrgetter("data.size"))
 
     def __repr__(self) -> str:
         made_by = f", made by {self.node.name}" if self.node else ""
@@ -205,7 +206,9 @@ def record(name: str, y: Array, inputs: tuple[Tensor, ...], backward: Backward) 
 
     backward(dy) returns one gradient an input, in the same order; None where there is none to give.
     """
-    out = Tensor(y)
+    out = Tensor.__new__(Tensor)  # an op's result needs none of the constructor's questions
+    out.data = y if isinstance(y, np.ndarray) else array_module(y).asarray(y)
+    out.grad, out.node, out.requires_grad = None, None, False
     if recording(inputs):
         out.requires_grad = True
         out.node = Node(name, inputs, backward)

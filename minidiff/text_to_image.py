@@ -69,8 +69,6 @@ class TextToImage(Module):
     `encode(images)`: images (B, H, W, C) with patches as channels.
     """
 
-    shares_images = True  # cond may hold several conditions an image, as the U-Net's
-
     def __init__(
         self,
         unet: UNetConfig,
@@ -120,6 +118,10 @@ class TextToImage(Module):
         x0, cond = self.encode(xp.asarray(images)), self.condition(captions)
         weight = x0_loss_weight(t, self.schedule, self.diffusion.weight_limit) if prediction == "x0" else None
         return denoising_loss(self.unet, x0, t, xp.asarray(eps), cond, self.schedule, prediction, weight)
+
+    def prepare(self, cond: Any) -> Any:
+        """`UNet.prepare`: cond for many calls with the same text, and for several conditions an image."""
+        return self.unet.prepare(cond)
 
     def forward(self, x_t: Array, t: Array, cond: Any) -> Array:
         """eps_theta(x_t, t, cond): x_t (B, *latent_shape), cond of k B samples -> an array (k B, *latent_shape)."""

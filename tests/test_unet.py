@@ -394,6 +394,18 @@ def test_images_meet_several_conditions_as_if_repeated(name, times, conditions):
         np.testing.assert_allclose(g, wanted_grads[key], rtol=1e-9, atol=1e-9, err_msg=key)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prepared_text_gives_the_same_at_every_call(name):
+    net = randomised(tiny(**CONFIGS[name]))
+    x, t, cond = inputs(net.config)
+    with no_grad():
+        prepared = net.prepare(cond)
+        for i in range(3):
+            np.testing.assert_array_equal(net(x + i, t + i, prepared).data, net(x + i, t + i, cond).data)
+    attentions = [m for m in modules(net) if isinstance(m, TransformerBlock)]
+    assert len(prepared[0].kept) == len(attentions)
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 1)])
 def test_a_wrong_number_of_timesteps_is_refused(shape):
     x, _, cond = inputs(tiny(), np.float32)

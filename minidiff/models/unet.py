@@ -122,6 +122,16 @@ class ResBlock(Module):
         return self.conv2(h, residual=x if self.conv_shortcut is None else self.conv_shortcut(x, beside=skip))
 
 
+class Text(Tensor):
+    """Tokens (B, L, D) that remember the keys and values that attention layers made of them."""
+
+    __slots__ = ("kept",)
+
+    def __init__(self, tokens: Tensor | Array):
+        super().__init__(tokens)
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+
 class Attention(Module):
     """Queries from x, keys and values from x itself or from the text; then a linear layer."""
 
@@ -136,9 +146,18 @@ class Attention(Module):
         self, x: Tensor, tokens: Tensor | None = None, mask: Array | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """x (B, N, C), tokens (B, L, D) or None for self-attention -> (B, N, C), + residual if given."""
-        source = x if tokens is None else tokens
-        y = ops.attention(self.to_q(x), self.to_k(source), self.to_v(source), self.heads, mask=mask)
+        keys, values = self.keys_and_values(x if tokens is None else tokens)
+        y = ops.attention(self.to_q(x), keys, values, self.heads, mask=mask)
         return self.to_out[0](y, residual)
+
+
+    def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """What x asks, and what it is told: both (B, L, C)."""
+        if not isinstance(source, Text):
+            return self.to_k(source), self.to_v(source)
+        if id(self) not in source.kept:
+            source.kept[id(self)] = self.to_k(source), self.to_v(source)
+        return source.kept[id(self)]
 
 
 class SelfAttentionBlock(Attention):
@@ -330,11 +349,10 @@ class UNet(Module):
 
     cond may hold k B samples: all images under one condition each, then under another, and so on (classifier-free
     guidance has two). The answer has k B samples too, and what comes before the first look at the text is done once.
+    `prepare(cond)` is for sampling: what does not depend on the image is then computed once for all calls.
 
     seed: initialises the parameters; None leaves them empty for `load`.
     """
-
-    shares_images = True  # cond may hold several conditions an image
 
     def __init__(self, config: UNetConfig, seed: int | None = 0):
         levels = range(len(config.channels))
@@ -375,6 +393,13 @@ class UNet(Module):
         for up in self.up_blocks:
             x = up(x, skips, emb, tokens, mask, run)
         return self.conv_out(self.conv_norm_out(x))
+
+    def prepare(self, cond: Any) -> Any:
+        """cond for many calls without gradients, all with the same text and the same weights.
+
+        Its keys and values, which do not depend on the image, are computed in the first call and kept.
+        """
+        return Text(cond[0]), cond[1]
 
     def _check(self, x: Tensor, t: Array, tokens: Tensor | None) -> None:
         B = x.shape[0] if x.ndim else 0
