@@ -241,9 +241,7 @@ def both_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: floa
     return conditioned(model, cond, uncond, w)(x_t, t)
 
 
-def conditioned(
-    model: Model, cond: Any, uncond: Any, w: float
-) -> Callable[[Array, Array], tuple[Array, Array | None]]:
+def conditioned(model: Model, cond: Any, uncond: Any, w: float) -> Callable[[Array, Array], tuple[Array, Array | None]]:
     """`both_eps` as a function of (x_t, t) alone, for a walk through many t under the same text.
 
     A model with a method `prepare(cond)` keeps there what it will need at every t, and takes each image once for both

@@ -150,7 +150,6 @@ class Attention(Module):
         y = ops.attention(self.to_q(x), keys, values, self.heads, mask=mask)
         return self.to_out[0](y, residual)
 
-
     def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """What x asks, and what it is told: both (B, L, C)."""
         if not isinstance(source, Text):
