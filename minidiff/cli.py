@@ -1,4 +1,4 @@
-"""The command line: minidiff train | sample | evaluate | doctor."""
+"""The command line: minidiff train | sample | evaluate | export | doctor."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog='Example: minidiff sample "a red circle above a blue square" --count 4 --sample.guidance 2',
     )
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to draw; "" is the unconditional input')
-    p.add_argument("--run", default=DEMO_RUN, metavar="FOLDER", help="the run whose model draws (default: %(default)s)")
+    p.add_argument(
+        "--run", metavar="FOLDER", help=f"the run whose model draws (default: {DEMO_RUN}, else the model in the box)"
+    )
     p.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged or raw weights (default: ema)")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default: cpu)")
     p.add_argument("--count", type=int, default=1, metavar="N", help="pictures of each caption (default: 1)")
@@ -127,6 +129,16 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--no-pictures", action="store_true", help="print the scores, write nothing")
     _add_settings(p, {"sample": SECTIONS["sample"]}, "unless the run says otherwise")
     p.set_defaults(command=_evaluate)
+
+    p = commands.add_parser(
+        "export",
+        help="write a run's averaged weights as one small file",
+        description="Write the averaged weights of a run as float16, without what only training needs. "
+        "minidiff sample --run FILE draws with them.",
+    )
+    p.add_argument("run", nargs="?", default=DEMO_RUN, metavar="FOLDER", help="the run (default: %(default)s)")
+    p.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
+    p.set_defaults(command=_export)
 
     p = commands.add_parser("doctor", help="show what is installed and what is missing")
     p.set_defaults(command=_doctor)
@@ -206,7 +218,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Any, Path]:
 
 def _sample(args: argparse.Namespace) -> int:
     from minidiff.sample import draw, save_pictures
-    from minidiff.train import load_model
+    from minidiff.train import default_run, load_model
 
     if args.count < 1 or not 0 <= args.seed < 2**64:
         raise UserError("--count must be at least 1 and --seed in 0..2^64 - 1")
@@ -222,7 +234,9 @@ def _sample(args: argparse.Namespace) -> int:
     out = _free_path(args.out)
     captions = [prompt for prompt in args.prompts for _ in range(args.count)]
     images = draw(model, captions, settings, args.seed)
-    save_pictures(images, captions, out, settings, {"seed": args.seed, "run": args.run, "weights": args.weights})
+    save_pictures(
+        images, captions, out, settings, {"seed": args.seed, "run": args.run or default_run(), "weights": args.weights}
+    )
     print(out)
     return 0
 
@@ -268,6 +282,15 @@ def _sample_settings(config: Any, args: argparse.Namespace) -> Any:
     from minidiff.config import with_overrides
 
     return with_overrides(config, _overrides(args), "the command line").sample
+
+
+def _export(args: argparse.Namespace) -> int:
+    from minidiff.train import export_model
+
+    if not args.out.endswith(".safetensors"):
+        raise UserError(f"--out must end in .safetensors, got {args.out!r}")
+    print(export_model(args.run, Path(args.out)))
+    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

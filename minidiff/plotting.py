@@ -38,6 +38,9 @@ class Chart(Figure):
         super().__init__(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
         self.alt_text = alt_text
 
+    def __repr__(self):
+        return self.alt_text  # what a notebook shows where it cannot show the picture
+
     def _repr_png_(self):
         data = io.BytesIO()
         self.savefig(data, format="png", dpi=DPI, facecolor="white")

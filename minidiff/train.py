@@ -159,10 +159,19 @@ def _load_run(path: Path, parts: tuple[str, ...] = PARTS) -> tuple[dict[str, Any
     return loaded, about
 
 
-def load_model(run: str | Path, weights: str = "ema", device: str = "cpu") -> tuple[TextToImage, Config]:
-    """The model of a run folder (or checkpoint file), with its averaged ("ema") or raw ("model") weights."""
-    path = Path(run)
-    path = path / FILE if path.is_dir() or not path.suffix else path
+BUNDLED = Path(__file__).parent / "pretrained" / "shapes.safetensors"
+"""The model in the box: `shapes`, trained by `make demo` and written by `minidiff export`."""
+
+
+def default_run() -> Path:
+    """The demo's run if there is one in the working folder, else the model in the box."""
+    demo = Path("runs/demo")
+    return demo if (demo / FILE).is_file() else BUNDLED
+
+
+def load_model(run: str | Path | None = None, weights: str = "ema", device: str = "cpu") -> tuple[TextToImage, Config]:
+    """The model of a run folder or a file, with its averaged ("ema") or raw ("model") weights; None: `default_run`."""
+    path = _file(default_run() if run is None else run)
     parts, about = _load_run(path, (weights,))
     config = config_from_dict(about["config"], str(path))
     config = replace(config, train=replace(config.train, device=device))
@@ -172,9 +181,23 @@ def load_model(run: str | Path, weights: str = "ema", device: str = "cpu") -> tu
     return state.model, state.config
 
 
+def _file(run: str | Path) -> Path:
+    """The checkpoint of a run's folder, or the file itself."""
+    path = Path(run)
+    return path / FILE if path.is_dir() or not path.suffix else path
+
+
+def export_model(run: str | Path, out: Path) -> Path:
+    """The averaged weights of a run, as float16 and with nothing that only training needs, for `load_model`."""
+    parts, about = _load_run(_file(run), ("ema",))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(out, {"ema": {name: a.astype(np.float16) for name, a in parts["ema"].items()}}, about)
+    return out
+
+
 def _load(model: TextToImage, arrays: dict[str, np.ndarray], path: Path) -> None:
     try:
-        model.load(arrays, str(path))
+        model.load({name: a.astype(np.float32, copy=False) for name, a in arrays.items()}, str(path))
     except ValueError as e:
         raise UserError(str(e)) from e
 

@@ -1,6 +1,7 @@
 """The command line: help worth reading, and one clear sentence, status 1 and nothing lost on bad input."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,6 +161,46 @@ def test_the_weights_that_are_asked_for_draw(run, tmp_path, weights, part):
     save_checkpoint(tmp_path / "checkpoint.safetensors", parts, about)
     command = ["sample", "a red circle", "--run", str(tmp_path), "--out", str(tmp_path / "a.png")]
     assert main([*command, "--sample.steps=2", f"--weights={weights}"]) == 0
+
+
+def test_export_writes_what_sample_draws_with(capsys, run, tmp_path):
+    from minidiff.train import load_model
+
+    out = tmp_path / "new" / "small.safetensors"
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    assert out.stat().st_size < (run / "checkpoint.safetensors").stat().st_size / 6
+    wanted, got = (dict(load_model(path)[0].named_parameters()) for path in (run, out))
+    for name, p in wanted.items():
+        assert got[name].data.dtype == np.float32
+        np.testing.assert_allclose(got[name].data, p.data, rtol=1e-3, atol=1e-6)
+    command = ["sample", "a red circle", "--run", str(out), "--out", str(tmp_path / "a.png"), "--sample.steps=2"]
+    assert main(command) == 0
+    assert "must end in .safetensors" in fails(capsys, "export", run, "--out", tmp_path / "x.npz")
+    assert "no checkpoint" in fails(capsys, "export", tmp_path / "nowhere", "--out", out)
+
+
+def test_without_a_run_the_model_in_the_box_draws(run, tmp_path, monkeypatch):
+    from minidiff.train import BUNDLED, default_run
+
+    monkeypatch.chdir(tmp_path)
+    assert default_run() == BUNDLED
+    assert main(["sample", "a red circle", "--sample.steps=2", "--out=a.png"]) == 0
+    demo = tmp_path / "runs" / "demo"
+    demo.mkdir(parents=True)
+    assert default_run() == BUNDLED
+    (demo / "checkpoint.safetensors").write_bytes((run / "checkpoint.safetensors").read_bytes())
+    assert default_run().resolve() == demo
+
+
+def test_the_model_in_the_box_draws_what_captions_say():
+    from minidiff.data import shapes
+    from minidiff.sample import draw
+    from minidiff.train import BUNDLED, load_model
+
+    model, config = load_model(BUNDLED)
+    captions = shapes.held_out_captions(40)
+    right = shapes.judge(draw(model, captions, replace(config.sample, steps=20)), captions)
+    assert sum(v.all_right for v in right) >= 36
 
 
 def test_doctor(capsys):
