@@ -232,6 +232,7 @@ class Side:
 
 
 LIMIT = 3.0  # an array's error should not be more times PyTorch's
+WORST = 1e-4  # the relative error of results that are not worth timing
 
 
 def errors(folder: Path) -> dict[str, float]:
@@ -251,6 +252,8 @@ def errors(folder: Path) -> dict[str, float]:
             key: float(np.sqrt(((a - exact[key]) ** 2).mean())) / max(sizes[key], 1e-4 * largest * (key != "output"))
             for key, a in got.items()
         }
+    if not all(e <= WORST for of_side in error.values() for e in of_side.values()):
+        raise RuntimeError(f"results are not those of float64: {error}")
     result = {f"{side}, output": e.pop("output") for side, e in error.items()}
     ours, theirs = error["ours"], error["PyTorch"]
     if ours:

@@ -85,7 +85,7 @@ def _flat(arrays: Sequence[Array]) -> list[Array]:
 
 def _rows(a: Array, width: int | None = None) -> Array:
     """The array with its leading axes joined."""
-    return a.reshape(-1, a.shape[-1] if width is None else width)
+    return a.reshape(math.prod(a.shape[:-1]), a.shape[-1] if width is None else width)  # -1 cannot tell 0 rows of 0
 
 
 @_op

@@ -131,7 +131,7 @@ def _check_is_v(prediction: str) -> None:
 
 def clip_x0(x_t: Array, t: Array, eps: Array, schedule: Schedule, limit: float = 1.0) -> tuple[Array, Array]:
     """The predicted x0 held within [-limit, limit], and the eps that agrees with it: (x0, eps)."""
-    x0 = array_module(x_t).clip(predict_x0(x_t, t, eps, schedule), -limit, limit)
+    x0 = array_module(x_t).clip(predict_x0(x_t, t, eps, schedule), -float(limit), float(limit))
     return x0, eps_from_x0(x_t, t, x0, schedule)
 
 
@@ -224,7 +224,7 @@ def classifier_free_guidance(eps_cond: Array, eps_uncond: Array, w: float) -> Ar
         return eps_cond
     if w == 0:
         return eps_uncond
-    return eps_uncond + w * (eps_cond - eps_uncond)
+    return eps_uncond + float(w) * (eps_cond - eps_uncond)  # NumPy's float64 would make float64 of float32 arrays
 
 
 def guided_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: float) -> Array:

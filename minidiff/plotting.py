@@ -262,10 +262,16 @@ def line_plot(
     ylabel: str,
     title: str | None = None,
     marker: str | None = None,
+    log: str = "",
 ) -> Chart:
-    """Lines name -> (xs, ys), each named at its right end. Raises ValueError if one has no finite value."""
+    """Lines name -> (xs, ys), each named at its right end; log: "x", "y" or "xy" for logarithmic axes.
+
+    Raises ValueError if a line has no finite value.
+    """
     alt = f"{title or ylabel} against {xlabel}; at the end: {_ends(series, '{:.3g}')}."
     figure, (axes,) = _charts(alt, [(xlabel, ylabel)], title)
+    for axis in log:
+        getattr(axes, f"set_{axis}scale")("log")
     _lines(axes, series, marker)
     _label_ends(axes)
     return figure

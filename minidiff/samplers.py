@@ -88,6 +88,7 @@ def ddim(
         raise ValueError(f"ddim: eta must be in 0..1, got {eta}")
     if eta > 0 and noise is None:
         raise ValueError("ddim: eta > 0 adds noise; give the `noise` to add")
+    w, clip = float(w), None if clip is None else float(clip)  # NumPy's numbers would make float64 of float32 arrays
     x_t, pairs, both_eps = x_T, _pairs(timesteps, schedule), conditioned(model, cond, uncond, w)
     for i, (t, t_prev) in enumerate(pairs):
         eps_cond, eps_uncond = both_eps(x_t, t)

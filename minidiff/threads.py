@@ -53,6 +53,13 @@ def num_threads(xp: ModuleType = np) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def begin_thread() -> None:
+    """What a new thread should call: NumPy's allocator, here one that keeps what is freed, is each thread's own."""
+    compiled = sys.modules.get("minidiff._cpu")
+    if compiled is not None:
+        compiled.install_allocator()
+
+
 def num_workers(xp: ModuleType = np) -> int:
     """How many Python threads should share work: 1 where the kernels have threads of their own."""
     return num_threads(xp) if active_kernels() == "reference" else 1
@@ -73,7 +80,7 @@ def parallel_map(call: Callable[[A], B], items: Iterable[A], threads: int) -> It
     with (
         _blas().limit(limits=max(1, num_threads() // threads), user_api="blas"),
         _impatient(),
-        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(threads, initializer=begin_thread) as pool,
     ):
         yield from pool.map(call, items)
 

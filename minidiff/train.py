@@ -32,7 +32,7 @@ from minidiff.optim import OPTIMIZERS, AdamW, clip_factor, gradient_norm, learni
 from minidiff.random import Purpose, normal, uniform
 from minidiff.tensor import accumulate
 from minidiff.text_to_image import TextToImage
-from minidiff.threads import num_workers, parallel_map, peak_memory
+from minidiff.threads import begin_thread, num_workers, parallel_map, peak_memory
 
 LOG = "log.jsonl"
 
@@ -257,7 +257,7 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
     threads = min(num_workers(state.model.array_module), c.accumulate)
     copy_of = state.config, state.model.tokenizer.words, state.model.image_shape
     models = [state.model, *(_model(*copy_of, seed=None) for _ in range(threads - 1))]
-    with ThreadPoolExecutor(1, "data") as pool:
+    with ThreadPoolExecutor(1, "data", begin_thread) as pool:
         upcoming = pool.submit(draw, state.step + 1)
         while state.config.train.minutes or state.step < state.config.train.steps:
             started = time.perf_counter()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -78,6 +79,7 @@ CONVOLUTIONS = [
     (1, 5, 6, 33, 0, 5, 5, 1, ((3, 3), (0, 2)), 1),
     (2, 9, 8, 3, 0, 20, 3, 2, SAME, 1),
     (1, 4, 5, 2, 0, 17, 3, 1, SAME, 2),
+    (3, 66, 66, 500, 0, 20, (1, 2), 1, ((0, 0), (0, 1)), 1),  # too large to be packed at once
 ]
 
 
@@ -88,7 +90,8 @@ def test_convolution(kind, case, algorithm, rng):
     B, H, W, C, C2, N, k, stride, sides, up = case
     if algorithm > 0 and (k, stride) != (3, 1):
         pytest.skip("Winograd's algorithm is for 3x3 kernels with stride 1")
-    x, x2, w, b, shift = draw(rng, (B, H, W, C), (B, H, W, C2), (k, k, C + C2, N), (N,), (B, N))
+    kernel = k if isinstance(k, tuple) else (k, k)
+    x, x2, w, b, shift = draw(rng, (B, H, W, C), (B, H, W, C2), (*kernel, C + C2, N), (N,), (B, N))
     x2 = x2 if C2 else None
     exact = REFERENCE["conv2d_forward"](*wide(x, w, b), stride, sides, *wide(x2, shift), None, up)
     (residual,) = draw(rng, exact.shape)
@@ -112,6 +115,17 @@ def test_convolution(kind, case, algorithm, rng):
     for name, actual, reference in zip(("dx", "dx2", "dw", "dshift"), (dx, dx2, dw, dshift), wanted, strict=True):
         if actual is not None:
             close(actual, reference, name)
+
+
+@pytest.mark.parametrize("channels, times", [(48, 2.1), (64, 1.65), (128, 1.25), (320, 1.0)])
+def test_winograds_rounding_is_near_the_direct_algorithms(kind, channels, times, rng):
+    """Products are summed in short chains: one sum over all 64 to 320 channels would be off 1.7 to 1.9 times as far."""
+    x, w = draw(rng, (4, 32, 32, channels), (3, 3, channels, 32))
+    exact = REFERENCE["conv2d_forward"](*wide(x, w), None, 1, SAME)
+    direct, winograd = blank(exact.shape), blank(exact.shape)
+    for y, algorithm in ((direct, 0), (winograd, 4)):
+        _cpu.conv2d_forward(y, x, None, w, None, None, None, 1, SAME, 1, False, None, algorithm)
+    assert np.linalg.norm(winograd - exact) <= times * np.linalg.norm(direct - exact)
 
 
 SIZES = [(1, 1, 1), (5, 7, 3), (300, 64, 130), (64, 1100, 70), (500, 2100, 40), (7, 0, 3), (300, 0, 2)]
@@ -207,7 +221,17 @@ def test_attention_where_scores_are_far_apart(kind, rng):
 
 
 def everything(rng):
-    """Results of every kernel that sums, on shapes that are cut into several tasks."""
+    """Results of every kernel that sums, on shapes that are cut into several tasks, on every path of the kernels."""
+    x, x2, w, dy = draw(rng, (6, 32, 32, 40), (6, 32, 32, 25), (3, 3, 65, 40), (6, 32, 32, 40))  # many tiles
+    yield MODULES["cpu"].conv2d_forward(x, w, None, 1, SAME, x2)
+    yield from MODULES["cpu"].conv2d_backward(dy, x, w, 1, SAME, x2)
+    x, w, dy = draw(rng, (2, 20, 20, 3), (3, 3, 3, 40), (2, 20, 20, 40))  # im2col
+    yield MODULES["cpu"].conv2d_forward(x, w, None, 1, SAME)
+    yield from MODULES["cpu"].conv2d_backward(dy, x, w, 1, SAME)
+    a, m, g = draw(rng, (60, 700), (700, 600), (60, 300))  # few rows
+    y, z = MODULES["cpu"].linear_forward(a, m, None, None, "geglu", True)
+    yield y
+    yield from MODULES["cpu"].linear_backward(g, a, m, True, "geglu", z)
     x, w, dy = draw(rng, (3, 20, 20, 40), (3, 3, 40, 72), (3, 20, 20, 72))
     yield MODULES["cpu"].conv2d_forward(x, w, None, 1, SAME)
     yield from MODULES["cpu"].conv2d_backward(dy, x, w, 1, SAME)
@@ -243,6 +267,29 @@ def test_the_number_of_threads_does_not_change_a_bit(threads):
         assert _cpu.num_threads() == n
         results.append(all_bits())
     assert all(r == results[0] for r in results)
+
+
+def test_the_number_of_threads_may_change_while_kernels_run(threads):
+    """Memory is laid out for as many threads as there were when a call began."""
+    threads(1)
+    x, w = draw(np.random.default_rng(0), (2, 16, 16, 320), (3, 3, 320, 320))
+    wanted = MODULES["cpu"].conv2d_forward(x, w, None, 1, SAME)
+    done, results = threading.Event(), []
+
+    def call():
+        while not done.is_set():
+            results.append(np.array_equal(MODULES["cpu"].conv2d_forward(x, w, None, 1, SAME), wanted))
+
+    callers = [threading.Thread(target=call) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for i in range(60):
+        set_num_threads((1, 12, 2, 7)[i % 4])
+        time.sleep(0.005)
+    done.set()
+    for caller in callers:
+        caller.join()
+    assert results and all(results)
 
 
 def test_several_python_threads_may_call_at_once(threads):
@@ -365,12 +412,38 @@ def test_a_bad_argument_is_named(op, name, spoil, words):
         ("x2", np.zeros((2, 4, 3, 1), np.float32), "x2 must have shape"),
         ("w", np.zeros((9, 9, 3, 5), np.float32), "x is smaller than the kernel"),
         ("prepared", np.zeros(7, np.float32), "prepared must have shape"),
+        ("algorithm", 7, "algorithm must be -1 or 0, or for 3x3 kernels with stride 1 2 or 4, got 7"),
     ],
 )
 def test_a_bad_setting_of_a_convolution_is_named(name, value, words):
     given = {**arguments()["conv2d_forward"], name: value}
     with pytest.raises(ValueError, match=words):
         _cpu.conv2d_forward(*given.values())
+
+
+def test_winograd_is_refused_where_it_cannot_serve():
+    x, w = np.zeros((1, 5, 5, 4), np.float32), np.zeros((1, 2, 4, 8), np.float32)
+    y = np.zeros((1, 5, 4, 8), np.float32)
+    with pytest.raises(ValueError, match="algorithm"):
+        _cpu.conv2d_forward(y, x, None, w, None, None, None, 1, ((0, 0), (0, 0)), 1, False, None, 4)
+
+
+def test_nothing_is_prepared_where_the_direct_algorithm_serves():
+    w, guarded = np.ones((3, 3, 8, 8), np.float32), np.full(4000, 7, np.float32)
+    assert _cpu.conv2d_prepared_size(w, 1, 8, 8, 1, SAME, 1) == 0
+    _cpu.conv2d_prepare(guarded[:0], w, 1, 8, 8, 1, SAME, 1)
+    assert (guarded == 7).all()
+
+
+def test_widths_of_0(kind):
+    """What the reference answers: there is nothing to add up."""
+    for x, w in (((7, 0), (0, 3)), ((7, 3), (3, 0)), ((2, 0, 4), (4, 3))):
+        x, w = np.ones(x, np.float32), np.ones(w, np.float32)
+        y, _ = MODULES[kind].linear_forward(x, w, None)
+        assert y.shape == (*x.shape[:-1], w.shape[1]) and not y.any()
+        dx, dw, db = MODULES[kind].linear_backward(np.ones_like(y), x, w, True)
+        assert dx.shape == x.shape and dw.shape == w.shape and (db == y.size / max(1, w.shape[1])).all()
+    assert MODULES[kind].geglu_forward(np.ones((4, 0), np.float32)).shape == (4, 0)
 
 
 def test_something_that_is_no_array_is_a_type_error():

@@ -465,3 +465,18 @@ def test_mixture_notices(fault, kind, stride, monkeypatch):
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         check_mixture(kind, stride, 1)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_numpys_numbers_do_not_change_the_precision(name):
+    """A sweep over np.linspace gives float64 scalars, which would make float64 of everything."""
+    x_T = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+
+    def model(x, t, cond):
+        return 0.5 * x + cond[0].mean(axis=(1, 2), dtype=np.float32)[:, None]
+
+    tokens = (np.ones((2, 1, 1), np.float32), None), (np.zeros((2, 1, 1), np.float32), None)
+    walk = SAMPLERS[name](
+        model, x_T, *tokens, np.float64(2.0), [1000, 500, 0], linear(), lambda i: x_T, clip=np.float64(1.0)
+    )
+    assert {step.x_prev.dtype for step in walk} == {np.dtype(np.float32)}

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import random
@@ -171,13 +172,15 @@ def timed(minutes):
     return load_config("shapes", {**settings, "train.minutes": minutes})
 
 
-def test_minutes_become_steps_once(tmp_path):
+def test_minutes_become_steps_once(tmp_path, monkeypatch):
+    clock = itertools.count()  # every look at it is a hundredth of a second later
+    monkeypatch.setattr("minidiff.train.time.perf_counter", lambda: next(clock) / 100)
     state = new_state(timed(0.02))
     assert fit(state, tmp_path)
     c = load_state(tmp_path / FILE).config.train
     assert c.minutes == 0 and c.steps == state.step > c.warmup
     assert load_config(str(tmp_path / "config.toml")).train == c
-    assert 0.5 < state.seconds / (60 * 0.02) < 2
+    assert 0.9 < state.seconds / (60 * 0.02) < 1.1
 
 
 def test_minutes_count_from_the_beginning_of_the_run(tmp_path):

@@ -328,6 +328,7 @@ def test_checkpointing_keeps_fewer_arrays():
     [
         (dict(attention=("none",)), "unet.attention has 1 entries for 2 levels"),
         (dict(heads=(1, 1, 1)), "unet.heads has 3 entries for 2 levels"),
+        (dict(transformer_layers=(1, 0)), "transformer_layers must be at least 1"),
         (dict(transformer_layers=()), "unet.transformer_layers has 0 entries for 2 levels"),
         (dict(attention=("none", "both")), "'both' is not one of none, self, cross"),
         (dict(mid_attention="both"), "'both' is not one of none, self, cross"),

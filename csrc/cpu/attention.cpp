@@ -128,10 +128,6 @@ void attention_forward(const Attention& a) {
                   q + g * s.db * s.q_channel, s.q_channel);
       }
       for (int i = 0; i < count * MANY; i++) m[i] = minus_infinity();
-      if (kblocks == 0) {
-        memset(O, 0, sizeof(float) * count * QUERIES * o_row);
-        memset(l, 0, sizeof(float) * count * MANY * VL);
-      }
       for (int kb = 0; kb < kblocks; kb++) {
         int j0 = kb * KEYS, keys = least(KEYS, a.Lk - j0), padded = (int)round_up(keys, BLOCK);
         if (a.causal && j0 > (group + count) * QUERIES - 1) break;

@@ -71,7 +71,10 @@ INLINE vf silu_slope(vf z) {  // d silu(z) / dz
 void group_norm_forward(const GroupNorm& g) {
   int B = g.B, C = g.C, per_group = C / g.groups;
   long N = g.N;
-  if ((long)B * N * C == 0) return;
+  if ((long)B * N * C == 0) {  // of nothing there is no mean
+    for (long i = 0; i < (long)B * C; i++) g.mean[i] = g.rstd[i] = __builtin_nanf("");
+    return;
+  }
   Cut cuts = cut(N, C);
   float* stats = scratch((long)B * cuts.parts * 2 * C);
   auto chunk_stats = [&](int b, int part) {

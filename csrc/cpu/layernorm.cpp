@@ -1,5 +1,12 @@
 // LayerNorm: every row of x (rows, D) to mean 0 and variance 1, then gamma and beta. A row fits into the first-level
 // cache, so it is read from memory once and written once, forward and backward.
+//
+//     x (rows, D)              a row, three times through the first-level cache        backward: each of PARTS groups of rows
+//   ┌──────────────┐ a task    ┌────────────────────┐  sum      ──► mean              has sums of its own
+//   │──────────────│ ───────►  │ x0 x1 x2 ... xD-1  │  squares  ──► rstd                 ┌──────────┐
+//   │──────────────│           └────────────────────┘  write    ──► y                  │ dgamma   │ x PARTS ──► added up in
+//   └──────────────┘                                                                 │ dbeta    │             fixed order
+//                                                                                    └──────────┘
 #include "kernels.h"
 #include "pool.h"
 #include "simd.h"

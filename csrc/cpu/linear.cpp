@@ -24,7 +24,6 @@ constexpr int K_PASS = 1024, FEW_K_PASS = 512, FEW_ROWS = 192, FEW_PANELS = 4;
 constexpr long ROWS_BYTES = 192 << 10;                   // of packed x that a task works on
 constexpr long LARGE_W = 4 << 20, X_IN_CACHE = 8 << 20;  // bytes
 
-
 // Rows k..k + 16 count of the panel n0 as [k][width].
 void pack_panel(const Weights& w, int n0, int k, int count, float* out) {
   int width = panel_width(w.N, n0);

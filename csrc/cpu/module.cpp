@@ -49,7 +49,7 @@ PYBIND11_MODULE(_cpu, m) {
       if (isa.supported) return std::string(isa.name);
     return std::string();
   }());
-  py::call_guard<py::gil_scoped_release> free_gil;
+  py::call_guard<py::gil_scoped_release, ThreadsOfCall> free_gil;
 #define OP(name) m.def(#name, &name, free_gil)
   OP(conv2d_forward);
   OP(conv2d_backward);
@@ -78,7 +78,7 @@ PYBIND11_MODULE(_cpu, m) {
   OP(reverse_step);
   OP(normal);
 #undef OP
-  m.def("num_threads", &num_threads);
+  m.def("num_threads", &wanted_threads);
   m.def("set_num_threads", &set_num_threads);
   m.def("instruction_sets", [] {
     std::vector<std::string> names;

@@ -3,6 +3,13 @@
 //
 //   A = g^T g / |g|^2,   five times:  P = a + b A + c A^2,  S = P S,  A = P A P,   then  x = g S / |g|
 //
+//   g (m x n) in bands of BAND rows             n x n, in the second-level cache
+//   ┌───────┐                                   ┌───┐  ┌───┐  ┌───┐
+//   │ band  │ ──► A += band^T band  ──────────► │ A │  │ P │  │ S │  five rounds of products of n x n matrices
+//   ├───────┤                                   └───┘  └───┘  └───┘
+//   │ band  │ ──► x = band S / |g|  ◄───────────────────────┘
+//   └───────┘
+//
 // The equations stand in minidiff/optim.py, `orthogonalised`. All matrices but g are n x n, symmetric, n the shorter side of
 // g; where that is its rows, A = g g^T / |g|^2 and x = S g / |g|.
 #include "gemm.h"

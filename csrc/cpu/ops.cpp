@@ -114,6 +114,13 @@ void backward_of_few_outputs(const Conv& c, const float* dy, float* dx, float* d
       for (int n = 0; n < c.N; n++) dw[at(k, tap, n)] = gradient.data[(long)k * width + tap * c.N + n];
 }
 
+int known_algorithm(const Check& check, const Conv& c, int algorithm) {
+  bool winograd = (algorithm == 2 || algorithm == 4) && c.kh == 3 && c.kw == 3 && c.stride == 1;
+  check.that(winograd || algorithm == CHOOSE || algorithm == DIRECT, "algorithm",
+             "must be -1 or 0, or for 3x3 kernels with stride 1 2 or 4, got " + std::to_string(algorithm));
+  return algorithm;
+}
+
 int kind_of(const Check& check, const std::string& kind, const char* argument) {
   const char* names[] = {"silu", "gelu_exact", "gelu_tanh", "gelu_quick"};
   for (int i = 0; i < 4; i++)
@@ -135,7 +142,7 @@ void conv2d_forward(View y, View x, View x2, View w, View b, View shift, View re
   c.shift = check.maybe(shift, "shift", {c.B, c.N});
   c.residual = check.maybe(residual, "residual", {c.B, c.H, c.W, c.N});
   c.silu = silu;
-  c.algorithm = algorithm;
+  c.algorithm = known_algorithm(check, c, algorithm);
   if (prepared) c.prepared = check.in(prepared, "prepared", {in_use->prepared_size(c)});
   if (few_inputs(c) && algorithm == CHOOSE) {
     Temporary rows(columns_size(c));
@@ -161,7 +168,7 @@ void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, V
                      int upsample, int algorithm) {
   Check check{"conv2d_backward"};
   Conv c = with_inputs(check, x, x2, w, stride, sides, upsample);
-  c.algorithm = algorithm;
+  c.algorithm = known_algorithm(check, c, algorithm);
   const float* g = check.in(dy, "dy", {c.B, c.H, c.W, c.N});
   long positions = (long)c.H * c.W;
   if (dshift) in_use->column_sums(check.out(dshift, "dshift", {c.B, c.N}), g, c.B, positions, c.N);
@@ -202,7 +209,9 @@ void conv2d_prepare(View prepared, View w, int B, int height, int width, int str
   Check check{"conv2d_prepare"};
   check.array(w, "w", {ANY, ANY, ANY, ANY});
   Conv c = geometry(check, B, height, width, w.shape[2], 0, w, stride, sides, upsample);
-  in_use->prepare(c, check.out(prepared, "prepared", {in_use->prepared_size(c)}));
+  int64_t size = in_use->prepared_size(c);
+  float* out = check.out(prepared, "prepared", {size});
+  if (size) in_use->prepare(c, out);
 }
 
 static Linear layer(const Check& check, const View& x, const View& w, const std::string& activation) {

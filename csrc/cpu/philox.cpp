@@ -1,5 +1,10 @@
 // Normal numbers from Philox4x32-10 and Box-Muller, a block of counters for every lane of a vector; the equations stand in
 // minidiff/random.py. One thread: it runs beside training, in the thread that prepares the next step's data.
+//
+//   counter (sample, step, purpose, block)     ten rounds in every lane        two uniform words make two normal numbers
+//   ┌────┬────┬────┬────┐  one a lane          ┌────┬────┬────┬────┐           u, v ──► sqrt(-2 log u) cos 2 pi v
+//   │ c0 │ c1 │ c2 │ c3 │ ──────────────────►  │ w0 │ w1 │ w2 │ w3 │ ───────►           sqrt(-2 log u) sin 2 pi v
+//   └────┴────┴────┴────┘                      └────┴────┴────┴────┘
 #include "kernels.h"
 #include "simd.h"
 

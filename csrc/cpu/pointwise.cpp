@@ -1,6 +1,10 @@
 // What is computed number by number: SiLU, the GELUs, GEGLU, sums and squared distances; and the optimizer's step.
 //
 // All of it is bound by memory: one read of each input, one write of each output, in pieces that the threads share.
+//
+//   a  ├── piece 0 ──┼── piece 1 ──┼── ... ──┤      a piece is a task: 8192 numbers of every array, so that what the
+//   b  ├─────────────┼─────────────┼── ... ──┤      optimizer reads and writes of one parameter (weight, gradient, two
+//   y  ├─────────────┼─────────────┼── ... ──┤      moments, average) passes through the caches together, once
 #include "activations.h"
 #include "kernels.h"
 #include "pool.h"

@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -37,10 +38,12 @@ namespace {
 
 using Call = void (*)(void*, int, int);
 
+thread_local int lanes = 1;  // of the call that this thread is in
+
 struct Pool {
   std::mutex busy;  // held by the caller whose job runs
-  int wanted = 0;   // threads, the caller among them
-  int started = 0;  // workers
+  std::atomic<int> wanted{0};  // threads, the caller among them
+  int started = 0;             // workers
 
   std::atomic<uint64_t> ticket{0};
   std::atomic<Call> call{nullptr};
@@ -88,10 +91,10 @@ struct Pool {
 
   void take_tasks(uint64_t seen, int lane) {
     for (;;) {
-      Call f = call.load(std::memory_order_relaxed);
-      void* c = context.load(std::memory_order_relaxed);
-      int n = tasks.load(std::memory_order_relaxed);
-      if ((int)(seen & 0xffffffff) >= n || lane > limit.load(std::memory_order_relaxed)) return;
+      Call f = call.load(std::memory_order_acquire);  // whoever sees a later job's fields also sees that this one is closed
+      void* c = context.load(std::memory_order_acquire);
+      int n = tasks.load(std::memory_order_acquire);
+      if ((int)(seen & 0xffffffff) >= n || lane > limit.load(std::memory_order_acquire)) return;
       uint64_t now = seen;
       if (ticket.compare_exchange_weak(now, seen + 1, std::memory_order_acq_rel)) {
         f(c, (int)(seen & 0xffffffff), lane);
@@ -132,7 +135,7 @@ struct Pool {
   }
 
   void run(int n, Call f, void* c) {
-    int helpers = wanted - 1;
+    int helpers = lanes - 1;
     if (n < 2 || helpers < 1 || !busy.try_lock()) {
       for (int i = 0; i < n; i++) f(c, i, 0);
       return;
@@ -148,10 +151,10 @@ struct Pool {
     if (core >= 0 && (avoided < 0 || crowded(core) || (core != avoided && sleeping.load() > 0))) avoid(core);
     uint64_t job = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
     ticket.store(job << 32 | 0x7fffffff, std::memory_order_seq_cst);  // nobody takes a task while the fields change
-    call.store(f, std::memory_order_relaxed);
-    context.store(c, std::memory_order_relaxed);
-    tasks.store(n, std::memory_order_relaxed);
-    limit.store(helpers, std::memory_order_relaxed);
+    call.store(f, std::memory_order_release);
+    context.store(c, std::memory_order_release);
+    tasks.store(n, std::memory_order_release);
+    limit.store(helpers, std::memory_order_release);
     done.store(0, std::memory_order_relaxed);
     job++;
     ticket.store(job << 32, std::memory_order_seq_cst);
@@ -197,7 +200,9 @@ Scratch::~Scratch() {
 
 }  // namespace
 
-int num_threads() { return pool->wanted > 0 ? pool->wanted : 1; }
+int wanted_threads() { return std::max(1, pool->wanted.load()); }
+ThreadsOfCall::ThreadsOfCall() { lanes = wanted_threads(); }
+int num_threads() { return lanes; }
 void set_num_threads(int n) { pool->wanted = n < 1 ? 1 : n; }
 void run_tasks(int tasks, Call call, void* context) { pool->run(tasks, call, context); }
 

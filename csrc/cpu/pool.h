@@ -5,9 +5,16 @@
 
 namespace minidiff {
 
-// How many threads share the work. The first call starts none: threads start with the first work for them.
-int num_threads();
+// How many threads share the work of calls from now on. They start with the first work for them.
 void set_num_threads(int n);
+int wanted_threads();
+
+// How many share that of the present call: what was wanted when it began, also if another thread changes it meanwhile, so
+// that memory for so many lanes is enough. A call from Python begins with a ThreadsOfCall.
+int num_threads();
+struct ThreadsOfCall {
+  ThreadsOfCall();
+};
 
 // call(context, task, lane) for every task in 0..tasks-1. Lane is which of the threads runs it, 0..num_threads()-1: it
 // names private scratch memory and must not change a result. Tasks go to whichever thread is free. A second caller,

@@ -63,6 +63,8 @@ class UNetConfig:
         for name in ("attention", "heads", "transformer_layers"):
             if len(getattr(self, name)) != levels:
                 raise ValueError(f"unet.{name} has {len(getattr(self, name))} entries for {levels} levels")
+        if min(self.transformer_layers) < 1:
+            raise ValueError("unet.transformer_layers must be at least 1 at every level")
         for kind in (*self.attention, self.mid_attention):
             if kind not in ATTENTION:
                 raise ValueError(f"unet.attention: {kind!r} is not one of {', '.join(ATTENTION)}")
