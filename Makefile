@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench notebooks lab clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -42,6 +42,14 @@ bench: setup  ## measure everything, against PyTorch where it is installed: benc
 	@$(BIN)/python benchmarks/bench_conv2d.py --ways
 	@if $(BIN)/python -c 'import torch, diffusers' 2>/dev/null; then $(BIN)/python benchmarks/summarise.py && \
 		$(BIN)/python benchmarks/bench_unet.py && $(BIN)/python benchmarks/bench_profile.py; fi
+
+notebooks: setup  ## execute all notebooks and write them with their outputs
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[notebooks]'
+	$(BIN)/python notebooks/build.py
+
+lab: setup  ## open the notebooks in JupyterLab
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[lab]'
+	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) build minidiff/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -283,8 +283,12 @@ def bars(
     xlabel: str,
     ceiling: tuple[str, float] | None = None,
     title: str | None = None,
+    log: bool = False,
 ) -> Chart:
-    """Horizontal bars: for each row one bar a series of `values` (0: none), and a line at ceiling = (name, value)."""
+    """Horizontal bars: for each row one bar a series of `values` (0: none), and a line at ceiling = (name, value).
+
+    log: a logarithmic axis. The legend is left out where there is nothing to tell apart.
+    """
     n = len(values)
     width, height = 8.0, _whole_pixels(1.1 + 0.17 * len(rows) * (n + 0.8))
     told = "; ".join(f"{name} {min(v):.3g} to {max(v):.3g}" for name, v in values.items())
@@ -302,7 +306,10 @@ def bars(
     axes.set_yticks(np.arange(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(xlabel, fontsize=TEXT + 1, color=INK)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=TEXT, frameon=False)
+    if log:
+        axes.set_xscale("log")
+    if n > 1 or ceiling:
+        figure.legend(loc="outside lower center", ncols=2, fontsize=TEXT, frameon=False)
     if title:
         axes.set_title(title, loc="left", fontsize=TITLE, color=INK, parse_math=False)
     return figure

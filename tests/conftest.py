@@ -1,10 +1,15 @@
 """The project-wide set-up: the option --require-torch, one run of each op test for every kind of kernels."""
 
+import sys
+from pathlib import Path
+
 import helpers
 import numpy as np
 import pytest
 
 from minidiff.backend import MODULES, kernels
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))  # the exercises' checkers and solutions
 
 
 def pytest_addoption(parser):
