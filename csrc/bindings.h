@@ -15,9 +15,13 @@ struct type_caster<minidiff::View> {
 
   bool load(handle source, bool) {
     if (source.is_none()) return true;
-    if (!isinstance<array>(source)) return false;
-    auto a = reinterpret_borrow<array>(source);
     value.given = true;
+    if (!isinstance<array>(source)) {  // the checks say which argument it is
+      if (hasattr(source, "__cuda_array_interface__")) value.device = minidiff::Device::cuda;
+      value.dtype_name = "something that is no NumPy array: " + std::string(Py_TYPE(source.ptr())->tp_name);
+      return true;
+    }
+    auto a = reinterpret_borrow<array>(source);
     value.data = const_cast<void*>(a.data());
     value.shape.assign(a.shape(), a.shape() + a.ndim());
     value.strides.assign(a.strides(), a.strides() + a.ndim());

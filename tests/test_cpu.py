@@ -446,9 +446,23 @@ def test_widths_of_0(kind):
     assert MODULES[kind].geglu_forward(np.ones((4, 0), np.float32)).shape == (4, 0)
 
 
-def test_something_that_is_no_array_is_a_type_error():
-    given = {**arguments()["linear_forward"], "x": [[1.0]]}
-    with pytest.raises(TypeError):
+class OnTheGpu:
+    """What CuPy's arrays have."""
+
+    __cuda_array_interface__ = None
+
+
+@pytest.mark.parametrize(
+    "thing, words",
+    [
+        ([[1.0]], "x must be float32, got something that is no NumPy array: list"),
+        (3.0, "x must be float32, got something that is no NumPy array: float"),
+        (OnTheGpu(), "x must be in the computer's memory"),
+    ],
+)
+def test_something_that_is_no_array_is_named(thing, words):
+    given = {**arguments()["linear_forward"], "x": thing}
+    with pytest.raises(ValueError, match=f"linear_forward: {words}"):
         _cpu.linear_forward(*given.values())
 
 
