@@ -61,13 +61,14 @@ struct Sizes {
 };
 
 // S (rows x KEYS, row-major) = Qpacked Kpacked^T
-void scores(const float* q, int rows, const Sizes& s, int db, const float* k, int keys, float* S) {
+void scores(const float* q, int rows, const Sizes& s, int d, const float* k, int keys, float* S) {
+  int db = blocks(d), last = d - (db - 1) * BLOCK;
   long offsets[MAX_CHANNELS / BLOCK];
   for (int i = 0; i < db; i++) offsets[i] = i * s.q_channel;
   for (int n = 0, padded = (int)round_up(keys, BLOCK); n < padded; n += PANEL) {
     int width = panel_width(padded, n);
     multiply(q, rows, offsets, db, k + n / PANEL * ((long)db * BLOCK * PANEL + BLOCK), width,
-             Tile{S + n, 0, KEYS, width, false, nullptr, nullptr});
+             Tile{S + n, 0, KEYS, width, false, nullptr, nullptr, last});
   }
 }
 
@@ -136,7 +137,7 @@ void attention_forward(const Attention& a) {
         for (int g = 0; g < count; g++) {
           int i0 = (group + g) * QUERIES, rows = least(QUERIES, a.Lq - i0);
           float *Og = O + g * QUERIES * o_row, *mg = m + g * MANY, *lg = l + g * MANY * VL;
-          scores(q + g * s.db * s.q_channel, rows, s, s.db, k, keys, S);
+          scores(q + g * s.db * s.q_channel, rows, s, a.d, k, keys, S);
           for (int r = 0; r < rows; r++) {
             float* row = S + r * KEYS;
             mask_row(a, b, h, i0 + r, j0, keys, row);
@@ -237,8 +238,8 @@ void attention_backward(const Attention& a) {
         pack_rows(g_in, v_step, a.dv, rows, 1, g, g_channel);
         pack_wide(q_in, q_step, a.d, rows, q_wide, wide);
         pack_wide(g_in, v_step, a.dv, rows, g_wide, wide);
-        scores(q, rows, s, s.db, kt, keys, S);
-        scores(g, rows, s, s.dvb, vt, keys, dP);
+        scores(q, rows, s, a.d, kt, keys, S);
+        scores(g, rows, s, a.dv, vt, keys, dP);
         for (int r = 0; r < rows; r++) {
           float* row = S + r * KEYS;
           mask_row(a, b, h, i0 + r, j0, keys, row);

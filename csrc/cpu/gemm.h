@@ -26,6 +26,7 @@ struct Tile {
   bool add;               // onto what is there
   const float* bias;      // PANEL floats, or none
   const float* residual;  // laid out like y, or none
+  int last = BLOCK;       // channels that count in the last block
 };
 
 template <int G, int M, int NV>
@@ -34,18 +35,24 @@ static void product(const float* a, long group, const long* offsets, int blocks,
   UNROLL for (int g = 0; g < G; g++)
     UNROLL for (int m = 0; m < M; m++)
       UNROLL for (int v = 0; v < NV; v++) acc[g][m][v] = (vf){};
-  for (int i = 0; i < blocks; i++) {
+  auto channel = [&](const float* p) __attribute__((always_inline)) {
+    vf bs[NV];
+    UNROLL for (int v = 0; v < NV; v++) bs[v] = load(b + v * VL);
+    b += NV * VL;
+    UNROLL for (int g = 0; g < G; g++)
+      UNROLL for (int m = 0; m < M; m++) {
+        vf s = all(p[g * group + m * BLOCK]);
+        UNROLL for (int v = 0; v < NV; v++) acc[g][m][v] += s * bs[v];
+      }
+  };
+  int whole = t.last == BLOCK ? blocks : blocks - 1;
+  for (int i = 0; i < whole; i++) {
     const float* p = a + offsets[i];
-    _Pragma("GCC unroll 4") for (int j = 0; j < BLOCK; j++) {
-      vf bs[NV];
-      UNROLL for (int v = 0; v < NV; v++) bs[v] = load(b + v * VL);
-      b += NV * VL;
-      UNROLL for (int g = 0; g < G; g++)
-        UNROLL for (int m = 0; m < M; m++) {
-          vf s = all(p[g * group + m * BLOCK + j]);
-          UNROLL for (int v = 0; v < NV; v++) acc[g][m][v] += s * bs[v];
-        }
-    }
+    _Pragma("GCC unroll 4") for (int j = 0; j < BLOCK; j++) channel(p + j);
+  }
+  if (whole < blocks) {
+    const float* p = a + offsets[whole];
+    _Pragma("GCC unroll 4") for (int j = 0; j < t.last; j++) channel(p + j);
   }
   if (!t.bias && !t.residual && t.cols >= NV * VL) {  // the commonest cases, without a question for each vector
     UNROLL for (int g = 0; g < G; g++)
