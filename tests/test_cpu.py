@@ -260,7 +260,7 @@ def all_bits():
     return [a.tobytes() for a in everything(np.random.default_rng(0)) if a is not None]
 
 
-def test_the_number_of_threads_does_not_change_a_bit(threads):
+def test_the_number_of_threads_does_not_change_a_bit(kind, threads):
     results = []
     for n in (1, 2, 3, 2):
         threads(n)
