@@ -52,7 +52,7 @@ def matrix(values: np.ndarray, names: Sequence[str], label: str) -> plotting.Cha
     """A square matrix of similarities as a heat map with the numbers' names on both sides."""
     side = 1.6 + 0.27 * len(names)
     chart = plotting.Chart(
-        side + 0.9,
+        side + 1.4,
         side,
         f"Heat map of {label} between {', '.join(names)}.",
         layout="constrained",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from course import Verdict, close, unanswered
+from course import Verdict, called, close, unanswered
 
 State = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -216,12 +216,9 @@ def hiding(hide: Callable[[np.ndarray, np.ndarray], Any]) -> Verdict:
 
 def _called(answer: Callable[..., Any], *inputs: np.ndarray) -> Any:
     """The answer as an array, or the verdict on one that cannot be."""
-    try:
-        got = answer(*inputs)
-    except Exception as e:
-        return _raised(e)
-    if verdict := unanswered(got):
-        return verdict
+    got = called(answer, *inputs)
+    if isinstance(got, Verdict):
+        return got
     try:
         return np.asarray(got, np.float64)
     except (TypeError, ValueError):

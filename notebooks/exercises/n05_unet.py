@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from course import Verdict, close, unanswered
+from course import Verdict, called, close, unanswered
 from minidiff import ops
 from minidiff.models.unet import UNet, UNetConfig
 
@@ -204,10 +204,6 @@ def embedding(embed: Callable[[float, int, float], Any]) -> Verdict:
 
 def _called(answer: Callable[..., Any], *inputs: Any) -> Any:
     """What the answer gives, or the verdict on one that raises or is none."""
-    try:
-        got = answer(*inputs)
-    except Exception as e:
-        return Verdict(False, f"Your code raises {type(e).__name__}: {e}")
-    if isinstance(got, tuple | list) and any(x is ... for x in got):
-        got = ...
-    return unanswered(got) or got
+    got = called(answer, *inputs)
+    unfinished = isinstance(got, tuple | list) and any(x is ... for x in got)
+    return unanswered(...) if unfinished else got

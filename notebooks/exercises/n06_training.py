@@ -2,49 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
-from course import Verdict, close, unanswered
-
-
-def answer_of(
-    f: Callable[..., Any], *args: Any, shape: tuple[int, ...]
-) -> np.ndarray | Verdict:
-    """What f answers, as finite floats of this shape, or the verdict on an answer that is none."""
-    try:
-        got = f(*args)
-    except Exception as e:
-        if "ellipsis" in str(e):
-            return unanswered(...) or Verdict(False, "")
-        return Verdict(False, f"Your function stopped with {type(e).__name__}: {e}")
-    if verdict := unanswered(got):
-        return verdict
-    try:
-        got = np.asarray(got, float)
-    except (TypeError, ValueError):
-        return Verdict(False, f"Numbers are wanted; you return a {type(got).__name__}.")
-    if got.shape != shape:
-        return Verdict(
-            False,
-            f"Your answer has the shape {got.shape}; it must be {shape}, as what came in.",
-        )
-    if not np.isfinite(got).all():
-        return Verdict(
-            False,
-            "Your answer holds NaN or infinity: is there a division by 0, or a root of less?",
-        )
-    return got
-
-
-def told_of(got: np.ndarray, known: Mapping[str, Any]) -> Verdict | None:
-    """The verdict on one of the wrong answers {message: answer}, or None."""
-    for message, wrong in known.items():
-        if close(got, wrong, 1e-6):
-            return Verdict(False, message)
-    return None
+from course import Verdict, answer_of, close, told_of
 
 
 def image_from_noise(clean: Callable[[np.ndarray, np.ndarray, float], np.ndarray]) -> Verdict:

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from course import Verdict, close
-from exercises.n06_training import answer_of, told_of
+from course import Verdict, answer_of, close, told_of
 from minidiff import schedule
 
 
