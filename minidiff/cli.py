@@ -1,4 +1,4 @@
-"""The command line: minidiff train | sample | evaluate | export | doctor."""
+"""The command line: minidiff train | sample | evaluate | download | export | doctor."""
 
 from __future__ import annotations
 
@@ -79,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--resume", metavar="FOLDER", help="go on with this run; `train` settings given here replace its own"
     )
+    p.add_argument(
+        "--data", dest="data.path", metavar="FOLDER", default=argparse.SUPPRESS,
+        help="the pictures to train on: CIFAR-10, COCO, or a folder of your own, as the preset expects them",
+    )  # fmt: skip
     _add_settings(p, SECTIONS, "if no preset sets it")
     p.set_defaults(command=_train)
 
@@ -111,9 +115,11 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         usage="minidiff evaluate [FOLDER] [--n N] [--seed N] [--split test|val] [--sample.SETTING VALUE ...]",
         allow_abbrev=False,
-        help="score a run on held-out captions",
-        description="Draw held-out two-object captions, read the pictures with the exact checker, and print how many "
-        "are right in colours, shapes, sizes, relation and in everything. Writes the pictures into the run's folder.",
+        help="score a run",
+        description="Of shapes: draw held-out two-object captions, read the pictures with the exact checker, and print "
+        "how many are right in colours, shapes, sizes, relation and in everything. Of pictures with classes: draw "
+        "every class, and print how many a small classifier, trained on the real pictures, names as asked. Writes the "
+        "pictures into the run's folder.",
     )
     p.add_argument("run", nargs="?", default=DEMO_RUN, metavar="FOLDER", help="the run (default: %(default)s)")
     p.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged or raw weights (default: ema)")
@@ -124,11 +130,32 @@ def _parser() -> argparse.ArgumentParser:
         "--split",
         choices=["test", "val"],
         default="test",
-        help="val: the captions to choose settings on (default: test)",
+        help="of shapes: val has the captions to choose settings on (default: test)",
     )
+    p.add_argument(
+        "--data", dest="data.path", metavar="FOLDER", default=argparse.SUPPRESS,
+        help="where the pictures of the run's classes are now (default: where they were in training)",
+    )  # fmt: skip
     p.add_argument("--no-pictures", action="store_true", help="print the scores, write nothing")
     _add_settings(p, {"sample": SECTIONS["sample"]}, "unless the run says otherwise")
     p.set_defaults(command=_evaluate)
+
+    p = commands.add_parser(
+        "download",
+        help="fetch a dataset, or go on with a broken download",
+        description="Fetch a dataset's archive from its authors, check its published checksum, and leave it unpacked: "
+        "the loaders read the archive. The same command goes on with a download that was broken off.",
+    )
+    p.add_argument("name", choices=["cifar10"], help="the dataset")
+    p.add_argument("--out", default="data", metavar="FOLDER", help="where to put it (default: %(default)s)")
+    p.add_argument(
+        "--form",
+        choices=["python", "binary"],
+        default="binary",
+        help="which of the published archives (default: binary)",
+    )
+    p.add_argument("--mirror", metavar="URL", help="fetch it from here instead of from its authors' site")
+    p.set_defaults(command=_download)
 
     p = commands.add_parser(
         "export",
@@ -174,12 +201,12 @@ def _train(args: argparse.Namespace) -> int:
     from minidiff.evaluate import draw_training_grid
     from minidiff.train import fit
 
-    state, folder = _resumed(args) if args.resume else _begun(args)
+    state, data, folder = _resumed(args) if args.resume else _begun(args)
     c = state.config.train
     if state.step >= c.steps and not c.minutes:
         print(f"{folder} is at step {state.step} of {c.steps} already; to go on: --train.steps {2 * c.steps}")
         return 0
-    done = fit(state, folder, draw_training_grid)
+    done = fit(state, folder, draw_training_grid, data)
     if done:
         print(f"trained {state.step} steps in {state.seconds / 60:.1f} minutes: {folder}")
         return 0
@@ -187,9 +214,9 @@ def _train(args: argparse.Namespace) -> int:
     return 130
 
 
-def _begun(args: argparse.Namespace) -> tuple[Any, Path]:
+def _begun(args: argparse.Namespace) -> tuple[Any, Any, Path]:
     from minidiff.config import load_config
-    from minidiff.train import new_state
+    from minidiff.train import data_of, new_state
 
     if not args.preset:
         from minidiff.config import presets
@@ -201,19 +228,21 @@ def _begun(args: argparse.Namespace) -> tuple[Any, Path]:
         raise UserError(
             f"{folder} exists and is not empty; go on with it (--resume {folder}) or choose another folder (--out)"
         )
-    state = new_state(config)
+    data = data_of(config)
+    state = new_state(config, data)
     folder.mkdir(parents=True, exist_ok=True)
-    return state, folder
+    return state, data, folder
 
 
-def _resumed(args: argparse.Namespace) -> tuple[Any, Path]:
+def _resumed(args: argparse.Namespace) -> tuple[Any, Any, Path]:
     from minidiff.checkpoint import FILE
-    from minidiff.train import load_state
+    from minidiff.train import data_of, load_state
 
     if args.preset or args.out:
         raise UserError("--resume goes on with a run as it is: name neither a preset nor --out beside it")
     folder = Path(args.resume)
-    return load_state(folder / FILE, _overrides(args)), folder
+    state = load_state(folder / FILE, _overrides(args))
+    return state, data_of(state.config), folder
 
 
 def _sample(args: argparse.Namespace) -> int:
@@ -227,10 +256,7 @@ def _sample(args: argparse.Namespace) -> int:
     for prompt in args.prompts:
         unknown = model.tokenizer.unknown(prompt)
         if unknown:
-            raise UserError(
-                f"this model does not know {', '.join(map(repr, unknown))}; "
-                f"its words: {', '.join(model.tokenizer.words)}"
-            )
+            raise UserError(_unknown_words(unknown, model.tokenizer.words))
     out = _free_path(args.out)
     captions = [prompt for prompt in args.prompts for _ in range(args.count)]
     images = draw(model, captions, settings, args.seed)
@@ -239,6 +265,15 @@ def _sample(args: argparse.Namespace) -> int:
     )
     print(out)
     return 0
+
+
+def _unknown_words(unknown: list[str], words: tuple[str, ...]) -> str:
+    from minidiff.config import did_you_mean
+
+    few = len(words) <= 40
+    known = f"its words: {', '.join(words)}" if few else f"it knows the {len(words)} words of its training captions"
+    guess = "" if few else did_you_mean(unknown[0], list(words))
+    return f"this model does not know {', '.join(map(repr, unknown))}{guess}; {known}"
 
 
 def _free_path(given: str | None) -> Path:
@@ -254,16 +289,20 @@ def _free_path(given: str | None) -> Path:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from minidiff.evaluate import evaluate, summary, write_report
+    from minidiff.classifier import open_classifier
+    from minidiff.config import with_overrides
+    from minidiff.evaluate import evaluate, evaluate_classes, summary, write_report
     from minidiff.train import load_model
 
     if args.n < 1 or not 0 <= args.seed < 2**64:
         raise UserError("--n must be at least 1 and --seed in 0..2^64 - 1")
     model, config = load_model(args.run, _weights(args), args.device)
-    if config.data.name != "shapes":
-        raise UserError(f"{args.run} was trained on {config.data.name}; only shapes has a checker")
-    settings = _sample_settings(config, args)
-    result = evaluate(model, settings, args.n, args.seed, args.split)
+    config = with_overrides(config, _overrides(args), "the command line")
+    settings = config.sample
+    if config.data.name == "shapes":
+        result = evaluate(model, settings, args.n, args.seed, args.split)
+    else:
+        result = evaluate_classes(model, settings, *open_classifier(config.data), args.n, args.seed)
     if not args.no_pictures:
         about = {"split": args.split, "seed": args.seed, "weights": args.weights, "sample": vars(settings)}
         folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
@@ -282,6 +321,14 @@ def _sample_settings(config: Any, args: argparse.Namespace) -> Any:
     from minidiff.config import with_overrides
 
     return with_overrides(config, _overrides(args), "the command line").sample
+
+
+def _download(args: argparse.Namespace) -> int:
+    from minidiff.download import download
+
+    path = download(args.name, Path(args.out), args.form, args.mirror)
+    print(f"{path}; to train on it: minidiff train {args.name} --data {args.out}")
+    return 0
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     DROP_CAPTION = 3
     START_NOISE = 4
     STEP_NOISE = 5
+    PICTURES = 6
 
 
 def philox(c0: Array, c1: Array, c2: Array, c3: Array, seed: int) -> tuple[Array, Array, Array, Array]:

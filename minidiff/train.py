@@ -45,6 +45,7 @@ class TrainState:
     model: TextToImage
     optimizer: AdamW
     seconds: float = 0.0  # spent in training steps so far
+    content: str = ""  # what the data is known by, once there is any
 
     @property
     def step(self) -> int:
@@ -70,6 +71,7 @@ class StepLog:
     images: int  # seen since the start
     minutes: float  # of training since the start
     images_per_second: float
+    waited: float  # seconds of this step in which the data was not ready
     memory_gb: float  # the most that the process ever held
 
 
@@ -83,10 +85,19 @@ class Batch:
     eps: np.ndarray  # (B, *latent_shape)
 
 
-def new_state(config: Config) -> TrainState:
-    """A run at step 0."""
-    data = open_data(config.data, config.train.seed)
-    return _state(config, data.words, data.image_shape, seed=config.train.seed)
+def data_of(config: Config) -> Dataset:
+    """The data that the settings name, its captions cut to what the text encoder reads."""
+    return open_data(config.data, config.train.seed, config.text.context - 2)
+
+
+def new_state(config: Config, data: Dataset | None = None) -> TrainState:
+    """A run at step 0, on its data (opened here if not given)."""
+    data = data or data_of(config)
+    if config.data.path:  # a resumed run finds it from any working folder
+        config = replace(config, data=replace(config.data, path=str(Path(config.data.path).expanduser().absolute())))
+    state = _state(config, data.words, data.image_shape, seed=config.train.seed)
+    state.content = data.content
+    return state
 
 
 def _state(config: Config, words: Any, image_shape: Any, seed: int | None) -> TrainState:
@@ -118,6 +129,7 @@ def save_state(state: TrainState, path: Path) -> None:
     about = {
         "step": state.step,
         "seconds": state.seconds,
+        "content": state.content,
         "config": config_to_dict(state.config),
         "words": list(state.model.tokenizer.words),
         "image_shape": list(state.model.image_shape),
@@ -128,6 +140,9 @@ def save_state(state: TrainState, path: Path) -> None:
 FIXED = ("train.optimizer", "train.seed", "train.batch", "train.accumulate")
 """Settings that cannot change in a run: the optimizer's memory or the order of the data hangs on them."""
 
+MOVABLE = ("data.path", "data.cache")
+"""Settings of the data that can: where it lies."""
+
 
 def load_state(path: Path, overrides: dict[str, Any] | None = None) -> TrainState:
     """The run that a checkpoint file holds, with {"section.field": value} in place of its own settings.
@@ -137,7 +152,7 @@ def load_state(path: Path, overrides: dict[str, Any] | None = None) -> TrainStat
     parts, about = _load_run(path)
     config = config_from_dict(about["config"], str(path))
     for name in overrides or {}:
-        if name in FIXED or not name.startswith(("train.", "sample.")):
+        if name in FIXED or not (name in MOVABLE or name.startswith(("train.", "sample."))):
             raise UserError(f"--{name} cannot change in a run that has begun; start another run with --out")
     config = with_overrides(config, overrides or {}, "the command line")
     state = _state(config, about["words"], about["image_shape"], seed=None)
@@ -147,7 +162,7 @@ def load_state(path: Path, overrides: dict[str, Any] | None = None) -> TrainStat
     state.model.to(state.config.train.device)
     xp = state.model.array_module
     o.ema, o.m, o.v = ({k: xp.asarray(v) for k, v in parts[p].items()} for p in ("ema", "optimizer.m", "optimizer.v"))
-    o.step_number, state.seconds = about["step"], about["seconds"]
+    o.step_number, state.seconds, state.content = about["step"], about["seconds"], about.get("content", "")
     return state
 
 
@@ -191,6 +206,8 @@ def export_model(run: str | Path, out: Path) -> Path:
     """The averaged weights of a run, as float16 and with nothing that only training needs, for `load_model`."""
     parts, about = _load_run(_file(run), ("ema",))
     out.parent.mkdir(parents=True, exist_ok=True)
+    for where in ("path", "cache"):  # folders of whoever trained it
+        about["config"].get("data", {}).pop(where, None)
     save_checkpoint(out, {"ema": {name: a.astype(np.float16) for name, a in parts["ema"].items()}}, about)
     return out
 
@@ -262,6 +279,7 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
         while state.config.train.minutes or state.step < state.config.train.steps:
             started = time.perf_counter()
             batches = upcoming.result()
+            waited = time.perf_counter() - started
             upcoming = pool.submit(draw, state.step + 2)
             loss, grads = loss_and_gradients(models, batches)
             norm = gradient_norm(list(grads.values()))
@@ -278,7 +296,7 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
                 _set_steps_from_minutes(state, float(np.median(durations[len(durations) // 2 :])))
             n = c.batch * c.accumulate
             yield StepLog(
-                state.step, loss, lr, norm, state.step * n, state.seconds / 60, n / seconds, peak_memory() / 1e9
+                state.step, loss, lr, norm, state.step * n, state.seconds / 60, n / seconds, waited, peak_memory() / 1e9
             )
 
 
@@ -331,13 +349,24 @@ def _not_finite(step: int, loss: float, grads: dict[str, Any]) -> str:
 # ---- a whole run: folder, log, bar, sample grids, checkpoints, Ctrl-C
 
 
-def fit(state: TrainState, folder: Path, on_sample: Callable[[TrainState, Path], None] | None = None) -> bool:
+def fit(
+    state: TrainState,
+    folder: Path,
+    on_sample: Callable[[TrainState, Dataset, Path], None] | None = None,
+    data: Dataset | None = None,
+) -> bool:
     """Train to the end, writing to the run's folder; returns whether it got there (False after Ctrl-C).
 
-    on_sample(state, path) draws the sample grid of a step into a PNG file. A run that diverges keeps the checkpoint
-    that it has, and Diverged says of which step it is.
+    on_sample(state, data, path) draws the sample grid of a step into a PNG file. data: the run's, opened here if not
+    given; UserError if it is not what the run began with. A run that diverges keeps the checkpoint that it has, and
+    Diverged says of which step it is.
     """
-    data = open_data(state.config.data, state.config.train.seed)
+    data = data or data_of(state.config)
+    if state.content and state.content != data.content:
+        raise UserError(
+            f"{folder}: its data have changed since the run began; go on with the same pictures and captions (--data), "
+            "or begin another run with --out"
+        )
     keep_log_until(folder / LOG, state.step)
     stop = _StopFlag()
     written = None
@@ -376,7 +405,7 @@ def fit(state: TrainState, folder: Path, on_sample: Callable[[TrainState, Path],
                 if on_sample and every and record.step % every == 0:
                     path = folder / "samples" / f"step_{record.step:06d}.png"
                     try:
-                        on_sample(state, path)
+                        on_sample(state, data, path)
                     except (OSError, ValueError) as e:
                         bar.write(f"minidiff: no sample grid of step {record.step}: {e}", file=sys.stderr)
                 if stop:

@@ -10,7 +10,7 @@ from test_train import config
 from minidiff import evaluate as module
 from minidiff.config import SampleConfig
 from minidiff.data import shapes
-from minidiff.evaluate import evaluate, guidance_sweep, summary, write_report
+from minidiff.evaluate import evaluate, fully_right, guidance_sweep, summary, write_report
 from minidiff.train import averaged_weights, new_state
 
 
@@ -59,7 +59,7 @@ def test_the_seed_chooses_captions_and_noise(drawn):
 
 def test_the_sweep_is_at_each_guidance_scale(drawn):
     captions = shapes.held_out_captions(2, 0, "test")
-    guidance_sweep(None, captions, SampleConfig(steps=7), seed=5)
+    guidance_sweep(None, captions, SampleConfig(steps=7), fully_right, seed=5)
     assert [settings.guidance for _, settings, _ in drawn.made] == list(module.GUIDANCE_SCALES)
     assert all(settings.steps == 7 and seed == 5 for _, settings, seed in drawn.made)
 

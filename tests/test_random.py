@@ -52,6 +52,7 @@ def test_purposes_keep_their_numbers():
         "DROP_CAPTION": 3,
         "START_NOISE": 4,
         "STEP_NOISE": 5,
+        "PICTURES": 6,
     }
 
 

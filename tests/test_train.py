@@ -220,7 +220,7 @@ def test_ruined_weights_are_not_saved(tmp_path):
     assert fit(new_state(config()), tmp_path)
     before = (tmp_path / FILE).read_bytes()
 
-    def ruin(state, path):
+    def ruin(state, data, path):
         state.optimizer.ema["unet.conv_in.bias"][0] = np.nan
 
     again = load_state(tmp_path / FILE, {"train.steps": 9, "train.sample_every": 9, "train.save_every": 100})
@@ -230,7 +230,7 @@ def test_ruined_weights_are_not_saved(tmp_path):
 
 
 def test_a_sample_grid_that_fails_does_not_stop_the_run(tmp_path, capsys):
-    def on_sample(state, path):
+    def on_sample(state, data, path):
         raise ValueError("no picture")
 
     state = new_state(config(train__sample_every=2))

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from minidiff.data import shapes
+from minidiff.data import cifar10, coco, folder, shapes
+from minidiff.data.decoded import decoded, stamps
+from minidiff.data.pictures import Pictures, chosen, decode, shortened, some_of, vocabulary
+from minidiff.errors import UserError
 
-NAMES = ("shapes",)
+NAMES = ("shapes", "cifar10", "coco", "folder")
 
 
 @dataclass(frozen=True)
@@ -18,8 +27,21 @@ class DataConfig:
     """What the model learns to draw."""
 
     name: str = field(default="shapes", metadata={"help": f"dataset: {', '.join(NAMES)}"})
+    path: str = field(default="", metadata={"help": "where the pictures are (--data is short for it)"})
     size: int = field(default=32, metadata={"help": "height and width of the images in pixels"})
-
+    flip: bool = field(default=False, metadata={"help": "mirror half of the pictures, left to right"})
+    match: str = field(
+        default="", metadata={"help": 'take the pictures with a caption that this regular expression finds: "dog|cat"'}
+    )
+    limit: int = field(default=0, metadata={"help": "take at most this many pictures, evenly at random; 0: all"})
+    words: int = field(
+        default=4000, metadata={"help": "size of the vocabulary: the most frequent words of the captions"}
+    )
+    skip_broken: bool = field(
+        default=False,
+        metadata={"help": "leave out, and count, pictures that are missing or broken, instead of stopping"},
+    )
+    cache: str = field(default="", metadata={"help": "folder for decoded pictures (if not given: ~/.cache/minidiff)"})
     ahead_first: float = field(
         default=shapes.AHEAD_FIRST,
         metadata={"help": "shapes: the share of training captions that name the upper or left object first"},
@@ -28,8 +50,20 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ValueError(f"data.name: {self.name!r} is not one of {', '.join(NAMES)}")
-        if self.size not in (16, 32):
+        if self.name == "shapes" and self.size not in (16, 32):
             raise ValueError(f"data.size: shapes are drawn at 16 or 32 pixels, got {self.size}")
+        if self.name == "cifar10" and self.size != cifar10.SIDE:
+            raise ValueError(f"data.size: the pictures of cifar10 have {cifar10.SIDE} pixels a side, got {self.size}")
+        if not 8 <= self.size <= 1024:
+            raise ValueError(f"data.size must be in 8..1024, got {self.size}")
+        if self.name == "shapes" and (self.flip or self.match or self.limit or self.path):
+            raise ValueError("data.path, flip, match and limit are not for shapes, which are drawn as they are needed")
+        if self.limit < 0 or self.words < 1:
+            raise ValueError("data.limit must not be negative, and data.words at least 1")
+        try:
+            re.compile(self.match)
+        except (re.error, OverflowError, RecursionError) as e:
+            raise ValueError(f"data.match: {self.match!r} is no regular expression: {e}") from e
         if not 0.5 <= self.ahead_first <= 1:
             raise ValueError(f"data.ahead_first must be in 0.5..1, got {self.ahead_first}")
 
@@ -39,11 +73,19 @@ class Dataset(Protocol):
 
     @property
     def words(self) -> Sequence[str]:
-        """Every word that a caption can hold."""
+        """The words that the model is to know."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
+
+    @property
+    def content(self) -> str:
+        """What this set is known by: a run goes on only with the set that it began with."""
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """Captions that show what a model has learned."""
 
     def batch(self, step: int, size: int) -> tuple[np.ndarray, list[str]]:
         """Images float32 (size, H, W, C) in [-1, 1] and their captions; a pure function of (seed, step, size)."""
@@ -53,11 +95,17 @@ class Shapes:
     """The procedural set of `shapes.py`: an endless stream of scenes from its training split."""
 
     words = shapes.VOCABULARY
+    content = "shapes"
 
     def __init__(self, config: DataConfig, seed: int):
         self.image_shape = (config.size, config.size, 3)
         self.ahead_first = config.ahead_first
         self.seed = seed
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """Captions of the validation split."""
+        return shapes.held_out_captions(16, 0, "val")
 
     def batch(self, step: int, size: int) -> tuple[np.ndarray, list[str]]:
         """The scenes of this step."""
@@ -65,6 +113,80 @@ class Shapes:
         return shapes.batch(size, rng, "train", self.image_shape[0], ahead_first=self.ahead_first)
 
 
-def open_data(config: DataConfig, seed: int) -> Dataset:
-    """The dataset that the settings name."""
-    return Shapes(config, seed)
+def open_data(config: DataConfig, seed: int, longest: int = 1000) -> Dataset:
+    """The dataset that the settings name; captions are cut to their first `longest` words.
+
+    Pictures are decoded when a set is opened for the first time. Raises UserError for whatever is wrong with the files.
+    """
+    if config.name == "shapes":
+        return Shapes(config, seed)
+    return open_pictures(config, seed, longest)
+
+
+def open_pictures(config: DataConfig, seed: int, longest: int = 1000, split: str = "train") -> Pictures:
+    """The pictures of cifar10, coco or folder; cifar10 has the splits "train" and "test", coco "train" and "val"."""
+    if not config.path:
+        how = "minidiff download cifar10, then --data data" if config.name == "cifar10" else "--data FOLDER"
+        raise UserError(f"data.path: say where the pictures of {config.name} are: {how}")
+    path = Path(os.path.expanduser(config.path)).absolute()
+    cache = cache_folder(config)
+    if config.name == "cifar10":
+        return _open_cifar10(config, path, cache, seed, split)
+    found = coco.items(path, split) if config.name == "coco" else folder.items(path)
+    items = chosen(found, config.match, config.limit)
+    images, rows, digest, broken = decode(items, config.size, cache, config.name, config.skip_broken)
+    if broken:
+        print(f"minidiff: {len(broken)} of {len(items)} pictures are left out; the first: {broken[0]}", file=sys.stderr)
+    items = [items[i] for i in rows]
+    captions = shortened([item.captions for item in items], longest)
+    labels = [item.label for item in items if item.label is not None]
+    return _pictures(images, rows, captions, digest, config, seed, labels, broken)
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where decoded pictures are kept: data.cache, or minidiff in $XDG_CACHE_HOME or in ~/.cache."""
+    if config.cache:
+        return Path(os.path.expanduser(config.cache))
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minidiff"
+
+
+def _open_cifar10(config: DataConfig, path: Path, cache: Path, seed: int, split: str) -> Pictures:
+    def make(file: Path) -> dict[str, object]:
+        images, labels, names = cifar10.read(path, split)
+        np.save(file, images)
+        return {"labels": labels.tolist(), "names": names}
+
+    images, about = decoded(cache, "cifar10", ["cifar10", split, stamps(cifar10.files_of(path))], make)
+    pattern = re.compile(config.match, re.IGNORECASE)
+    called = [cifar10.captions(name) for name in about["names"]]
+    wanted = [any(pattern.search(text) for text in texts) for texts in called]
+    labels = np.array(about["labels"])
+    rows = np.flatnonzero(np.array(wanted)[labels])
+    if not len(rows):
+        raise UserError(f"data.match: {config.match!r} matches none of the classes {', '.join(about['names'])}")
+    rows = rows[some_of(len(rows), config.limit)]
+    captions = [called[label] for label in labels[rows]]
+    classes = [about["names"][label] for label in labels[rows]]
+    return _pictures(images, rows, captions, about["content"], config, seed, classes)
+
+
+def _pictures(
+    images: np.ndarray,
+    rows: np.ndarray,
+    captions: Sequence[Sequence[str]],
+    digest: str,
+    config: DataConfig,
+    seed: int,
+    labels: Sequence[str],
+    left_out: tuple[str, ...] = (),
+) -> Pictures:
+    """labels: the class of each picture of the set, or none at all."""
+    classes, first, numbers = np.unique(np.array(labels, object), return_index=True, return_inverse=True)
+    shown = first if labels else some_of(len(captions), 16)
+    prompts = tuple(captions[i][0] for i in shown)
+    facts = json.dumps([digest, rows.tolist(), [list(texts) for texts in captions]])
+    return Pictures(
+        images, rows, captions, vocabulary(captions, config.words), prompts,
+        hashlib.sha256(facts.encode()).hexdigest(), seed, config.flip,
+        numbers if labels else None, tuple(classes), left_out,
+    )  # fmt: skip

@@ -13,6 +13,11 @@ PAD, START, END, UNKNOWN = "<pad>", "<start>", "<end>", "<unknown>"
 SPECIAL = (PAD, START, END, UNKNOWN)
 
 
+def split_words(caption: str) -> list[str]:
+    """The caption's words: lower case, letters and digits."""
+    return re.findall(r"[^\W_]+", caption.lower())
+
+
 class WordTokenizer:
     """Captions -> token ids. The empty caption, start and end alone, is the unconditional input.
 
@@ -30,8 +35,8 @@ class WordTokenizer:
         return len(self.ids)
 
     def split(self, caption: str) -> list[str]:
-        """The caption's words: lower case, letters and digits."""
-        return re.findall(r"[^\W_]+", caption.lower())
+        """The words that the caption's tokens stand for."""
+        return split_words(caption)
 
     def unknown(self, caption: str) -> list[str]:
         """The words of the caption that are not in the vocabulary."""

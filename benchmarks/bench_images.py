@@ -1,0 +1,135 @@
+"""A training run on real pictures, looked at after given minutes: a grid of samples, and how a classifier judges them.
+
+    python benchmarks/bench_images.py PRESET --data FOLDER [--minutes 120] [--marks 10,60,120] [SECTION.SETTING=X ...]
+
+The run is an ordinary one in --out: interrupted, the same command goes on with it. Only training steps count as
+minutes; looking does not. The learning rate falls to zero over the whole run, so a grid from its middle is worse than
+that of a run that was planned to end there. Pictures with classes are judged by the classifier of `minidiff evaluate`.
+Writes results/images_PRESET-DEVICE.json, -loss.png and a grid for each mark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import results_path, write_json
+
+from minidiff import plotting
+from minidiff.checkpoint import FILE
+from minidiff.classifier import open_classifier
+from minidiff.config import config_to_dict, load_config
+from minidiff.data import Dataset
+from minidiff.evaluate import evaluate_classes
+from minidiff.models import parameter_count
+from minidiff.sample import draw
+from minidiff.train import TrainState, averaged_weights, data_of, fit, load_state, new_state, read_log
+
+LOOK_EVERY = 20  # steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset")
+    parser.add_argument("settings", nargs="*", metavar="SECTION.SETTING=VALUE")
+    parser.add_argument("--data", required=True, metavar="FOLDER")
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--marks", default="10,60,120", help="minutes after which to look")
+    parser.add_argument("--n", type=int, default=500, help="pictures for the classifier")
+    parser.add_argument("--out", metavar="FOLDER", help="the run (default: runs/images_PRESET)")
+    args = parser.parse_args()
+
+    folder = Path(args.out or f"runs/images_{args.preset}")
+    state, data = begin(args, folder)
+    marks = [float(m) for m in args.marks.split(",")]
+    judge = open_classifier(state.config.data) if getattr(data, "classes", ()) else None
+    done = folder / "marks.json"
+
+    def look(state: TrainState, data: Dataset, path: Path) -> None:
+        records = json.loads(done.read_text()) if done.exists() else []
+        due = [m for m in marks[len(records) :] if state.seconds / 60 >= m]
+        if due or (state.step == state.config.train.steps and len(records) < len(marks)):
+            records.append(looked(args, state, data, judge))
+            done.write_text(json.dumps(records, indent=2))
+
+    if fit(state, folder, look, data):
+        look(state, data, folder)  # the last step may not have been looked at
+        write_results(args, state, data, folder, json.loads(done.read_text()))
+
+
+def begin(args: argparse.Namespace, folder: Path) -> tuple[TrainState, Any]:
+    """The run in the folder, or a new one."""
+    if (folder / FILE).exists():
+        state = load_state(folder / FILE)
+        return state, data_of(state.config)
+    settings = {"data.path": args.data, "train.minutes": args.minutes, **dict(s.split("=", 1) for s in args.settings)}
+    config = load_config(args.preset, {**settings, "train.sample_every": LOOK_EVERY})
+    data = data_of(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    return new_state(config, data), data
+
+
+def looked(args: argparse.Namespace, state: TrainState, data: Dataset, judge: Any) -> dict[str, Any]:
+    """Draw a grid into the results; what the classifier says of n pictures, where there is one."""
+    prompts = list(data.prompts)
+    columns = len(prompts) if 5 <= len(prompts) <= 10 else 4
+    images_seen, minutes = state.step * state.config.train.batch * state.config.train.accumulate, state.seconds / 60
+    with averaged_weights(state) as model:
+        images = draw(model, captions := prompts * max(1, 40 // len(prompts)), state.config.sample)
+        scores = {}
+        if judge:
+            result = evaluate_classes(model, state.config.sample, *judge, args.n)
+            scores = {"agreement": result.scores, "chance": result.chance["all"], "n": args.n, "real": judge[1]}
+            print(result.headline)
+    title = f"{args.preset} after {minutes:.0f} minutes, {images_seen:,} images"
+    grid = plotting.image_grid(images, captions, columns, title=title)
+    plotting.save(grid, results_path(f"images_{args.preset}", f"{round(minutes)}-minutes.png"))
+    return {"minutes": minutes, "step": state.step, "images": images_seen, **scores}
+
+
+def write_results(args: argparse.Namespace, state: TrainState, data: Any, folder: Path, records: list[dict]) -> None:
+    log = read_log(folder)
+    loss = plotting.loss_curve({args.preset: log}, x="minutes", title=f"{args.preset}: training loss")
+    plotting.save(loss, results_path(f"images_{args.preset}", "loss.png"))
+    rate, seconds = [r["images_per_second"] for r in log], 60 * log[-1]["minutes"]
+    config = config_to_dict(state.config)
+    config["data"]["path"] = args.data
+    write_json(
+        f"images_{args.preset}",
+        {
+            "command": f"bench_images.py {args.preset} --data FOLDER --minutes {args.minutes:g} --marks {args.marks} "
+            + " ".join(args.settings),
+            "pictures": len(data),
+            "parameters": parameter_count(state.model),
+            "images_per_second": {"median": median(rate), "mean": log[-1]["images"] / seconds},
+            "share_of_time_waited_for_data": sum(r["waited"] for r in log) / seconds,
+            "memory_gb": log[-1]["memory_gb"],
+            "marks": records,
+            "loss": thinned(log),
+            "config": config,
+        },
+    )
+
+
+def thinned(log: list[dict], points: int = 200) -> list[dict[str, float]]:
+    """The log as medians over equal spans of steps."""
+    parts = np.array_split(np.arange(len(log)), min(points, len(log)))
+    return [
+        {
+            "minutes": log[part[-1]]["minutes"],
+            "images": log[part[-1]]["images"],
+            "loss": median([log[i]["loss"] for i in part]),
+        }
+        for part in parts
+    ]
+
+
+def median(values: list[float]) -> float:
+    return float(np.median(values))
+
+
+if __name__ == "__main__":
+    main()

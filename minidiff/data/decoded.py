@@ -1,0 +1,81 @@
+"""Decoded pictures, kept: one memory-mapped array of bytes a data set, with a fingerprint of what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minidiff.errors import UserError
+
+ARRAY, FACTS = "images.npy", "about.json"
+KNOWN_BY = ("fingerprint", "shape", "content")
+
+
+def stamps(files: list[Path]) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of each file: what a fingerprint holds of it. A missing one counts as empty."""
+    found = []
+    for path in files:
+        try:
+            about = path.stat()
+            found.append((str(path.absolute()), about.st_size, about.st_mtime_ns))
+        except OSError:
+            found.append((str(path.absolute()), -1, 0))
+    return found
+
+
+def decoded(
+    folder: Path, name: str, made_from: Any, make: Callable[[Path], dict[str, Any]]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The array uint8, mapped read only, and the facts that `make` returned.
+
+    made_from: whatever decides the pixels, as JSON; an array made from anything else is never taken for this one.
+    make(path) writes the array as a .npy file, and returns facts as JSON allows; "content", the SHA-256 of the pixels,
+    joins them. It runs only where there is no such array yet. Raises UserError for one damaged or of other data.
+    """
+    fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    place = folder / f"{name}-{fingerprint[:16]}"
+    if not place.exists():
+        _make(place, fingerprint, make)
+    try:
+        facts = json.loads((place / FACTS).read_text())
+        array = np.lib.format.open_memmap(place / ARRAY, mode="r")
+        right = (fingerprint, list(array.shape), _digest(array)) == tuple(facts[k] for k in KNOWN_BY)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError) as e:
+        raise UserError(f"{place} is damaged ({e}); remove this folder, and it is made anew") from e
+    if not right:
+        raise UserError(f"{place} was made from other data; remove this folder, and it is made anew")
+    return array, facts
+
+
+def _digest(pixels: np.ndarray) -> str:
+    """The SHA-256 of what is uint8 (N, H, W, 3)."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or not pixels.flags.c_contiguous:
+        raise ValueError(f"it holds {pixels.dtype} of shape {pixels.shape}, not the pixels of pictures")
+    return hashlib.sha256(pixels.data).hexdigest()
+
+
+def _make(place: Path, fingerprint: str, make: Callable[[Path], dict[str, Any]]) -> None:
+    """Make the array in a folder beside its place, which it takes when it is whole."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    try:
+        facts = make(temporary / ARRAY)
+        array = np.lib.format.open_memmap(temporary / ARRAY, mode="r")
+        facts = {**facts, **dict(zip(KNOWN_BY, (fingerprint, array.shape, _digest(array)), strict=True))}
+        del array  # some systems rename no folder with a file that is mapped
+        (temporary / FACTS).write_text(json.dumps(facts))
+        try:
+            os.rename(temporary, place)
+        except OSError:  # another process was faster: its array is the same
+            if not place.exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

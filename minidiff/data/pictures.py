@@ -1,0 +1,155 @@
+"""Captioned pictures as training wants them: shuffled each epoch, mirrored half of the time, one caption a visit."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from minidiff.data.decoded import decoded, stamps
+from minidiff.data.images import Item, read_image
+from minidiff.errors import UserError
+from minidiff.random import Purpose, uniform
+from minidiff.text.words import split_words
+from minidiff.threads import num_threads, parallel_map
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A set of N captioned pictures; every batch is a pure function of (seed, step, size)."""
+
+    images: np.ndarray  # uint8 (M, H, W, 3), usually a memory map
+    rows: np.ndarray  # (N,) which of the M are in the set
+    captions: Sequence[Sequence[str]]  # N times at least one
+    words: tuple[str, ...]  # that a model of this set knows, the most frequent first
+    prompts: tuple[str, ...]  # captions to show what a model has learned
+    content: str  # what the pixels and captions are known by
+    seed: int
+    flip: bool = False
+    labels: np.ndarray | None = None  # (N,) class numbers, where the pictures have classes
+    classes: tuple[str, ...] = ()  # their names
+    left_out: tuple[str, ...] = ()  # why each picture that could not be read is missing
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, 3)."""
+        return self.images.shape[1:]  # type: ignore[return-value]
+
+    def batch(self, step: int, size: int) -> tuple[np.ndarray, list[str]]:
+        """Images float32 (size, H, W, 3) in [-1, 1] and a caption each: visits step * size ... of an endless walk.
+
+        Every epoch is a permutation of the set. Order, mirroring and choice of caption depend on (seed, epoch) alone.
+        """
+        visited, draws = self._visits(step, size)
+        texts = [self.captions[i] for i in visited]
+        return self._images(visited, draws), [t[int(u * len(t))] for t, u in zip(texts, draws[:, 1], strict=True)]
+
+    def labelled_batch(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `batch`, with the class numbers (size,) in place of captions."""
+        assert self.labels is not None, "these pictures have no classes"
+        visited, draws = self._visits(step, size)
+        return self._images(visited, draws), self.labels[visited]
+
+    def _visits(self, step: int, size: int) -> tuple[list[int], np.ndarray]:
+        """Which pictures (size,) this step visits, and two uniform numbers (size, 2) for each visit."""
+        visited, draws = [], []
+        for visit in range(step * size, (step + 1) * size):
+            epoch, place = divmod(visit, len(self))
+            order, numbers = _epoch(self.seed, epoch, len(self))
+            visited.append(int(order[place]))
+            draws.append(numbers[visited[-1]])
+        return visited, np.array(draws)
+
+    def _images(self, visited: Sequence[int], draws: np.ndarray) -> np.ndarray:
+        images = np.empty((len(visited), *self.image_shape), np.float32)
+        for image, i, u in zip(images, visited, draws[:, 0], strict=True):
+            pixels = self.images[self.rows[i]]
+            image[:] = pixels[:, ::-1] if self.flip and u < 0.5 else pixels
+        images *= np.float32(1 / 127.5)
+        images -= 1
+        return images
+
+
+@lru_cache(maxsize=4)  # a batch may reach over the end of an epoch
+def _epoch(seed: int, epoch: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order (n,) of an epoch's visits, and two uniform numbers (n, 2) for each picture of the set."""
+    draws = uniform(seed, range(n), epoch, Purpose.PICTURES, 3)
+    return np.argsort(draws[:, 0], kind="stable"), draws[:, 1:]
+
+
+def chosen(items: Sequence[Item], match: str, limit: int) -> list[Item]:
+    """The items of which a caption matches the regular expression, at most `limit` of them (0: all), evenly at random.
+
+    Raises UserError if none is left.
+    """
+    pattern = re.compile(match, re.IGNORECASE)
+    kept = [item for item in items if any(pattern.search(caption) for caption in item.captions)]
+    if not kept:
+        raise UserError(f"data.match: no caption of {len(items)} pictures matches {match!r}")
+    return [kept[i] for i in some_of(len(kept), limit)]
+
+
+def some_of(n: int, limit: int) -> np.ndarray:
+    """At most `limit` (0: all) of 0..n - 1, evenly at random but always the same, rising."""
+    if not limit or limit >= n:
+        return np.arange(n)
+    order, _ = _epoch(0, 0, n)
+    return np.sort(order[:limit])
+
+
+def decode(
+    items: Sequence[Item], size: int, cache: Path, name: str, skip_broken: bool
+) -> tuple[np.ndarray, np.ndarray, str, tuple[str, ...]]:
+    """Pixels uint8 (len(items), size, size, 3), the rows that were read, the pixels' digest, and why others were not.
+
+    skip_broken: leave out the pictures that cannot be read; else the first one stops with its UserError.
+    """
+
+    def read_into(array: np.ndarray, i: int) -> str | None:
+        """Why picture i could not be read, if so."""
+        try:
+            array[i] = read_image(items[i].path, size)
+        except UserError as e:
+            if not skip_broken:
+                raise
+            return str(e)
+        return None
+
+    def make(path: Path) -> dict[str, object]:
+        shape = (len(items), size, size, 3)
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        read = parallel_map(lambda i: read_into(array, i), range(len(items)), num_threads())
+        why = list(tqdm(read, "decoding", len(items), unit="picture", dynamic_ncols=True))
+        array.flush()
+        return {"rows": [i for i, w in enumerate(why) if not w], "broken": [w for w in why if w]}
+
+    made_from = ["pictures", size, skip_broken, stamps([item.path for item in items])]
+    array, about = decoded(cache, name, made_from, make)
+    if not about["rows"]:
+        raise UserError(f"none of the {len(items)} pictures could be read; the first: {about['broken'][0]}")
+    return array, np.array(about["rows"]), about["content"], tuple(about["broken"])
+
+
+def vocabulary(captions: Sequence[Sequence[str]], limit: int) -> tuple[str, ...]:
+    """The `limit` most frequent words of all captions, the most frequent first; ties in alphabetical order."""
+    counts = Counter(word for texts in captions for text in texts for word in split_words(text))
+    return tuple(sorted(counts, key=lambda word: (-counts[word], word))[:limit])
+
+
+def shortened(captions: Sequence[Sequence[str]], longest: int) -> list[tuple[str, ...]]:
+    """The captions, cut to their first `longest` words."""
+
+    def cut(text: str) -> str:
+        words = split_words(text)
+        return text if len(words) <= longest else " ".join(words[:longest])
+
+    return [tuple(cut(text) for text in texts) for texts in captions]

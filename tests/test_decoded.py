@@ -1,0 +1,189 @@
+"""Decoded pictures are kept once, found again, and never taken for those of other data."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from minidiff.data.decoded import ARRAY, FACTS, decoded, stamps
+from minidiff.errors import UserError
+
+
+@pytest.fixture
+def make(rng):
+    """Writes four random pictures, the same each time, and counts its calls."""
+    pixels = rng.integers(0, 256, (4, 8, 8, 3), np.uint8)
+
+    def make(path):
+        make.calls += 1
+        np.save(path, make.pixels)
+        return {"labels": [1, 2]}
+
+    make.calls, make.pixels = 0, pixels
+    return make
+
+
+def test_it_is_made_once_and_mapped_read_only(tmp_path, make):
+    for _ in range(3):
+        array, facts = decoded(tmp_path / "cache", "set", ["a", 1], make)
+        assert isinstance(array, np.memmap) and array.dtype == np.uint8 and (array == make.pixels).all()
+        assert facts["labels"] == [1, 2] and len(facts["content"]) == 64
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+    assert make.calls == 1 and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_other_origins_have_other_arrays(tmp_path, make):
+    first, facts = decoded(tmp_path, "set", ["a", 1], make)
+    for i, other in enumerate((["a", 2], ["b", 1], {"a": 1}, ["a", 1, None]), 2):
+        make.pixels = make.pixels + np.uint8(1)
+        array, about = decoded(tmp_path, "set", other, make)
+        assert make.calls == i and (array != first).all() and about["content"] != facts["content"]
+    assert (decoded(tmp_path, "set", ["a", 1], make)[0] == first).all() and make.calls == 5
+
+
+def test_the_content_is_that_of_the_pixels_alone(tmp_path, make):
+    contents = {decoded(tmp_path, name, [name], make)[1]["content"] for name in ("a", "b")}
+    assert len(contents) == 1
+
+
+def test_stamps_tell_files_apart(tmp_path, monkeypatch):
+    file = tmp_path / "x"
+    missing = stamps([file])
+    file.write_bytes(b"one")
+    os.utime(file, ns=(0, 10**18))
+    seen = [missing, stamps([file])]
+    os.utime(file, ns=(0, 10**18 + 1))
+    seen.append(stamps([file]))
+    file.write_bytes(b"longer")
+    os.utime(file, ns=(0, 10**18))
+    seen.append(stamps([file]))
+    assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
+    monkeypatch.chdir(tmp_path)
+    assert stamps([type(file)("x")]) == seen[-1]  # the same file, named from the working folder
+    assert json.loads(json.dumps(seen[-1])) == [[str(file), 6, 10**18]]
+
+
+# ---- damaged, or of other data
+
+
+def kept(tmp_path, make):
+    decoded(tmp_path, "set", ["a"], make)
+    (place,) = tmp_path.iterdir()
+    return place
+
+
+def refused(tmp_path, make, *words):
+    place = next(p for p in tmp_path.iterdir() if p.name.startswith("set-"))
+    before = {p: p.read_bytes() for p in place.iterdir()} if place.is_dir() else None
+    with pytest.raises(UserError) as e:
+        decoded(tmp_path, "set", ["a"], make)
+    for word in (place, "remove this folder", *words):
+        assert str(word) in str(e.value)
+    assert "\n" not in str(e.value)
+    assert make.calls == 1 and (before is None or before == {p: p.read_bytes() for p in place.iterdir()})
+
+
+@pytest.mark.parametrize("name", [ARRAY, FACTS])
+@pytest.mark.parametrize("keep", [0, 1, 9, 60, 130, -1])
+def test_a_truncated_file(tmp_path, make, name, keep):
+    file = kept(tmp_path, make) / name
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(tmp_path, make, "is damaged")
+
+
+@pytest.mark.parametrize("name", [ARRAY, FACTS])
+def test_a_missing_file(tmp_path, make, name):
+    (kept(tmp_path, make) / name).unlink()
+    refused(tmp_path, make, "is damaged", name)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "7", "null", "{,}", '{"fingerprint": "x"}', "[" * 100_000, "\ud800"])
+def test_broken_facts(tmp_path, make, text):
+    (kept(tmp_path, make) / FACTS).write_bytes(text.encode("utf-8", "surrogatepass"))
+    refused(tmp_path, make, "is damaged")
+
+
+def test_a_file_of_other_data(tmp_path, make):
+    """An array of the same shape, and both files of another set."""
+    place = kept(tmp_path, make)
+    whole = {p: p.read_bytes() for p in place.iterdir()}
+    make.calls, make.pixels = 0, make.pixels ^ np.uint8(1)
+    decoded(tmp_path / "other", "set", ["b"], make)
+    (other,) = (tmp_path / "other").iterdir()
+    for name in (ARRAY, FACTS):
+        (place / name).write_bytes((other / name).read_bytes())
+        refused(tmp_path, make, "made from other data")
+    (place / ARRAY).write_bytes(whole[place / ARRAY])
+    refused(tmp_path, make, "made from other data")
+    for path, data in whole.items():
+        path.write_bytes(data)
+    decoded(tmp_path, "set", ["a"], make)
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "order", "objects", "archive", "one bit"])
+def test_an_array_of_another_kind(tmp_path, make, change):
+    place, pixels = kept(tmp_path, make), make.pixels
+    arrays = {
+        "shape": pixels.reshape(2, 8, 16, 3), "dtype": pixels.view(np.int8), "order": np.asfortranarray(pixels),
+        "objects": pixels.astype(object), "one bit": pixels ^ (np.arange(768).reshape(pixels.shape) == 5),
+    }  # fmt: skip
+    with open(place / ARRAY, "wb") as file:
+        np.savez(file, pixels) if change == "archive" else np.save(file, arrays[change])
+    refused(tmp_path, make)
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path, make):
+    place = kept(tmp_path, make)
+    for file in place.iterdir():
+        file.unlink()
+    place.rmdir()
+    place.write_bytes(b"")
+    refused(tmp_path, make, "is damaged")
+
+
+# ---- a maker that fails, and two at once
+
+
+@pytest.mark.parametrize("error", [UserError("a broken picture"), KeyboardInterrupt()])
+def test_a_maker_that_fails_leaves_nothing_behind(tmp_path, make, error):
+    def fail(path):
+        np.save(path, make.pixels)
+        raise error
+
+    with pytest.raises(type(error)):
+        decoded(tmp_path, "set", ["a"], fail)
+    assert not list(tmp_path.iterdir())
+    decoded(tmp_path, "set", ["a"], make)
+    assert make.calls == 1
+
+
+def test_a_maker_that_makes_no_pictures_is_a_fault_of_the_program(tmp_path, make):
+    make.pixels = make.pixels.astype(np.float32)
+    with pytest.raises(ValueError, match="float32"):
+        decoded(tmp_path, "set", ["a"], make)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_at_once_make_one(tmp_path, make):
+    """Another process finishes while this one is still at work."""
+
+    def slow(path):
+        decoded(tmp_path, "set", ["a"], make)
+        np.save(path, make.pixels)
+        return {"labels": [1, 2]}
+
+    array, facts = decoded(tmp_path, "set", ["a"], slow)
+    assert (array == make.pixels).all() and facts["labels"] == [1, 2]
+    assert make.calls == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_rename_that_fails_for_another_reason_is_told(tmp_path, make, monkeypatch):
+    def fail(*paths):
+        raise PermissionError(13, "not allowed")
+
+    monkeypatch.setattr("os.rename", fail)
+    with pytest.raises(PermissionError):
+        decoded(tmp_path, "set", ["a"], make)
+    assert not list(tmp_path.iterdir())
