@@ -102,14 +102,14 @@ def hold_out(data: Pictures, every: int = 10) -> tuple[Pictures, Pictures]:
     return part(~tenth), part(tenth)
 
 
-def open_classifier(config: DataConfig) -> tuple[Classifier, float, Pictures]:
+def open_classifier(config: DataConfig, longest: int = 1000) -> tuple[Classifier, float, Pictures]:
     """The classifier of the classes of cifar10 or a folder, its accuracy on pictures that it did not see, and the data.
 
     It is trained once and kept beside the decoded pictures. Raises UserError where the pictures have no two
     classes, or are too few to keep some of them for judging.
     """
     config = dataclasses.replace(config, limit=0)
-    data = open_pictures(config, seed=0)
+    data = open_pictures(config, seed=0, longest=longest)
     if len(data.prompts) < 2 or data.labels is None:
         raise UserError(
             f"the pictures of {config.path} are not sorted into classes, so there is nothing to judge them by"

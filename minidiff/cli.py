@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -17,6 +18,7 @@ DEMO_RUN = "runs/demo"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors of the user's are one sentence on stderr and status 1."""
+    warnings.filterwarnings("ignore", "Image size .* decompression bomb", module="PIL")  # our own sentence says it
     try:
         args, unknown = _parser().parse_known_args(arguments)
         if unknown:
@@ -135,6 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--data", dest="data.path", metavar="FOLDER", default=argparse.SUPPRESS,
         help="where the pictures of the run's classes are now (default: where they were in training)",
+    )  # fmt: skip
+    p.add_argument(
+        "--data.cache", metavar="FOLDER", default=argparse.SUPPRESS,
+        help="folder for decoded pictures and the classifier (default: that of the run)",
     )  # fmt: skip
     p.add_argument("--no-pictures", action="store_true", help="print the scores, write nothing")
     _add_settings(p, {"sample": SECTIONS["sample"]}, "unless the run says otherwise")
@@ -302,7 +308,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     if config.data.name == "shapes":
         result = evaluate(model, settings, args.n, args.seed, args.split)
     else:
-        result = evaluate_classes(model, settings, *open_classifier(config.data), args.n, args.seed)
+        result = evaluate_classes(
+            model, settings, *open_classifier(config.data, config.text.context - 2), args.n, args.seed
+        )
     if not args.no_pictures:
         about = {"split": args.split, "seed": args.seed, "weights": args.weights, "sample": vars(settings)}
         folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from minidiff.backend import to_numpy
 from minidiff.checkpoint import FILE, PARTS, load_checkpoint, save_checkpoint
 from minidiff.config import Config, TrainConfig, config_from_dict, config_to_dict, config_to_toml, with_overrides
-from minidiff.data import Dataset, open_data
+from minidiff.data import DataConfig, Dataset, open_data
 from minidiff.errors import UserError
 from minidiff.optim import OPTIMIZERS, AdamW, clip_factor, gradient_norm, learning_rate
 from minidiff.random import Purpose, normal, uniform
@@ -93,8 +93,6 @@ def data_of(config: Config) -> Dataset:
 def new_state(config: Config, data: Dataset | None = None) -> TrainState:
     """A run at step 0, on its data (opened here if not given)."""
     data = data or data_of(config)
-    if config.data.path:  # a resumed run finds it from any working folder
-        config = replace(config, data=replace(config.data, path=str(Path(config.data.path).expanduser().absolute())))
     state = _state(config, data.words, data.image_shape, seed=config.train.seed)
     state.content = data.content
     return state
@@ -113,8 +111,14 @@ def _state(config: Config, words: Any, image_shape: Any, seed: int | None) -> Tr
     optimizer = OPTIMIZERS[c.optimizer](
         dict(model.named_parameters()), (c.beta1, c.beta2), weight_decay=c.weight_decay, ema_decay=c.ema_decay
     )
-    resolved = replace(config, unet=model.unet.config, text=model.text_encoder.config)
+    resolved = replace(config, data=_located(config.data), unet=model.unet.config, text=model.text_encoder.config)
     return TrainState(resolved, model, optimizer)
+
+
+def _located(data: DataConfig) -> DataConfig:
+    """The settings with absolute folders: a resumed run finds them from wherever it is."""
+    path, cache = (folder and os.path.abspath(os.path.expanduser(folder)) for folder in (data.path, data.cache))
+    return replace(data, path=path, cache=cache)
 
 
 def _model(config: Config, words: Any, image_shape: Any, seed: int | None) -> TextToImage:

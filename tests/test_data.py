@@ -238,9 +238,16 @@ def test_captions_without_classes(tmp_path, name, write):
 
 def test_coco_has_two_splits_and_many_prompts_are_few(tmp_path):
     write_coco(tmp_path, {f"{i}.png": [f"number {i}"] for i in range(30)})
+    train = open_pictures(config("coco", tmp_path), 0)
+    assert len(train) == 30 and len(train.prompts) == 16 == len(set(train.prompts))
     write_coco(tmp_path, CAPTIONS, "val")
-    train, val = (open_pictures(config("coco", tmp_path), 0, split=split) for split in ("train", "val"))
-    assert len(train) == 30 and len(train.prompts) == 16 == len(set(train.prompts)) and len(val) == 4
+    train, val = (open_pictures(config("coco", tmp_path), 0, split=split, longest=2) for split in ("train", "val"))
+    assert len(train) == 30 and len(val) == 4
+    assert train.prompts == tuple(texts[0] for texts in val.captions)  # unseen, and cut as the model's are
+    matched = open_pictures(replace(config("coco", tmp_path), match="number"), 0)
+    assert set(matched.prompts) <= {f"number {i}" for i in range(30)}  # no validation caption matches
+    next(tmp_path.glob("annotations/captions_val*.json")).write_text("{")
+    assert len(open_pictures(config("coco", tmp_path), 0).prompts) == 16
 
 
 def test_the_content_is_that_of_pixels_captions_and_selection(tmp_path):

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -140,7 +140,19 @@ def open_pictures(config: DataConfig, seed: int, longest: int = 1000, split: str
     items = [items[i] for i in rows]
     captions = shortened([item.captions for item in items], longest)
     labels = [item.label for item in items if item.label is not None]
-    return _pictures(images, rows, captions, digest, config, seed, labels, broken)
+    data = _pictures(images, rows, captions, digest, config, seed, labels, broken)
+    return replace(data, prompts=_unseen(config, path, longest) or data.prompts)
+
+
+def _unseen(config: DataConfig, path: Path, longest: int) -> tuple[str, ...]:
+    """Captions of COCO's validation pictures, where they are there; a broken validation set stops no training."""
+    if config.name != "coco":
+        return ()
+    try:
+        items = chosen(coco.items(path, "val") if path.is_dir() else [], config.match, 16)
+    except UserError:
+        return ()
+    return tuple(texts[0] for texts in shortened([item.captions for item in items], longest))
 
 
 def cache_folder(config: DataConfig) -> Path:
