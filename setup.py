@@ -20,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 CPU = Path("csrc/cpu")
 KERNELS = (
     "conv2d",
+    "convolution",
     "linear",
     "groupnorm",
     "layernorm",
@@ -29,7 +30,7 @@ KERNELS = (
     "philox",
     "table",
 )  # one build a set
-COMMON = ("ops", "pool", "allocator", "module")
+COMMON = ("../ops", "pool", "allocator", "module")
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast "
     "-Wall -Wextra -Wno-psabi -Wno-ignored-attributes"
@@ -92,7 +93,7 @@ def build(target: Path, folder: Path) -> None:
     ]
     objects = []
     for name, kind, more in sources:
-        objects.append(folder / f"{name}-{kind}.o")
+        objects.append(folder / f"{Path(name).name}-{kind}.o")
         lines += [f"build {objects[-1]}: compile {root / CPU / name}.cpp", f"  more = {more}"]
     lines += [f"build {target}: link {' '.join(map(str, objects))}", f"default {target}", ""]
     folder.mkdir(parents=True, exist_ok=True)

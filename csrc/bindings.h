@@ -1,10 +1,12 @@
-// How Python's arrays become Views, for every compiled module.
+// How Python's arrays become Views, and the ops of ops.h functions, for every compiled module.
 #pragma once
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "kernels.h"
+#include "ops.h"
 #include "view.h"
 
 namespace pybind11::detail {
@@ -34,3 +36,42 @@ struct type_caster<minidiff::View> {
 };
 
 }  // namespace pybind11::detail
+
+namespace minidiff {
+
+// Offer the ops that these kernels have. Guards: what every call holds, as the release of Python's lock.
+template <class... Guards>
+void bind_ops(pybind11::module_& m, const Kernels& k) {
+  pybind11::call_guard<Guards...> guard;
+#define OP(name, entry) \
+  if (k.entry) m.def(#name, &name, guard)
+  OP(conv2d_forward, conv2d_forward);
+  OP(conv2d_backward, conv2d_backward);
+  OP(conv2d_prepared_size, conv2d_prepared_size);
+  OP(conv2d_prepare, conv2d_prepare);
+  OP(linear_forward, linear_forward);
+  OP(linear_backward, linear_backward);
+  OP(group_norm_forward, group_norm_forward);
+  OP(group_norm_backward, group_norm_backward);
+  OP(layer_norm_forward, layer_norm_forward);
+  OP(layer_norm_backward, layer_norm_backward);
+  OP(attention_forward, attention_forward);
+  OP(attention_backward, attention_backward);
+  OP(pointwise_forward, pointwise_forward);
+  OP(pointwise_backward, pointwise_backward);
+  OP(geglu_forward, geglu_forward);
+  OP(geglu_backward, geglu_backward);
+  OP(add, add);
+  OP(mse_forward, mse_forward);
+  OP(mse_backward, mse_backward);
+  OP(gradient_norm, gradient_norm);
+  OP(adamw_update, adamw);
+  OP(muon_momentum, momentum);
+  OP(descend, descend);
+  OP(orthogonalise, orthogonalise);
+  OP(reverse_step, reverse_step);
+  OP(normal, normal);
+#undef OP
+}
+
+}  // namespace minidiff

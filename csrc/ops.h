@@ -53,9 +53,11 @@ void pointwise_backward(View dx, View dy, View x, const std::string& kind);
 void geglu_forward(View y, View x);
 void geglu_backward(View dx, View dy, View x);
 void add(View y, View a, View b);
-double squared_distance(View a, View b);
-void scaled_difference(View y, View a, View b, double factor);
-double sum_of_squares(std::vector<View> x);  // of arrays of any shapes
+// y (1,): the mean of (a - b)^2, which must have elements; da from dy (1,)
+void mse_forward(View y, View a, View b);
+void mse_backward(View da, View dy, View a, View b);
+// y (1,): the square root of the sum of squares of arrays of any shapes
+void gradient_norm(View y, std::vector<View> g);
 
 // Lists of one-dimensional arrays, one a parameter; p, m, v and ema are updated in place.
 void adamw_update(std::vector<View> p, std::vector<View> g, std::vector<View> m, std::vector<View> v,

@@ -22,7 +22,7 @@ from minidiff.threads import num_threads
 F = TypeVar("F", bound=Callable[..., Any])
 CHOOSE = -1  # the convolution's algorithm: by shape (0: direct, 2 and 4: Winograd)
 PLAIN = frozenset((type(None), bool, int, float, str, tuple))  # what is no array
-MAX_TAPS = 1024  # of a convolution's kernel, as in csrc/cpu/kernels.h
+MAX_TAPS = 1024  # of a convolution's kernel, as in csrc/kernels.h
 OPS: dict[str, Callable[..., Any]] = {}
 
 _cpu.set_num_threads(num_threads())
@@ -263,14 +263,17 @@ def geglu_backward(dy: Array, x: Array) -> Array:
 
 @_op
 def mse_forward(a: Array, b: Array) -> Array:
-    total = _cpu.squared_distance(a.reshape(-1), b.reshape(-1))
-    return np.float32(total / a.size) if a.size else REFERENCE["mse_forward"](a, b)
+    if not a.size:
+        return REFERENCE["mse_forward"](a, b)
+    y = np.empty(1, np.float32)
+    _cpu.mse_forward(y, a.reshape(-1), b.reshape(-1))
+    return y[0]
 
 
 @_op
 def mse_backward(dy: Array, a: Array, b: Array) -> Array:
     da = np.empty(a.shape, np.float32)
-    _cpu.scaled_difference(da.reshape(-1), a.reshape(-1), b.reshape(-1), float(dy) * 2 / max(a.size, 1))
+    _cpu.mse_backward(da.reshape(-1), np.asarray(dy, np.float32).reshape(1), a.reshape(-1), b.reshape(-1))
     return da
 
 
@@ -283,7 +286,9 @@ def accumulate(a: Array, b: Array) -> Array:
 
 @_op
 def gradient_norm(grads: Sequence[Array]) -> float:
-    return math.sqrt(_cpu.sum_of_squares([np.ascontiguousarray(g) for g in grads]))
+    y = np.empty(1, np.float32)
+    _cpu.gradient_norm(y, [np.ascontiguousarray(g) for g in grads])
+    return float(y[0])
 
 
 @_op

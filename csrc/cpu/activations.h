@@ -1,7 +1,7 @@
 // SiLU and the GELUs, x phi(x) with phi between 0 and 1, on vectors: for passes of their own and behind a product.
 #pragma once
 
-#include "kernels.h"
+#include "../kernels.h"
 #include "simd.h"
 
 namespace minidiff::MINIDIFF_ISA {

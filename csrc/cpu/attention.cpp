@@ -11,7 +11,7 @@
 // again, block by block. All products run on the two micro-kernels of gemm.h: P is written in the blocked layout that
 // they read.
 #include "gemm.h"
-#include "kernels.h"
+#include "../kernels.h"
 #include "pool.h"
 
 namespace minidiff::MINIDIFF_ISA {

@@ -17,7 +17,7 @@
 // positions are an odd number of cache lines, so that writing one value to each does not hit the same few sets.
 #include "activations.h"
 #include "gemm.h"
-#include "kernels.h"
+#include "../kernels.h"
 #include "pool.h"
 
 namespace minidiff::MINIDIFF_ISA {
@@ -701,12 +701,12 @@ void pool_sum(float* y, const float* x, int B, int h, int w, int C, int factor) 
   });
 }
 
-long prepared_size(const Conv& c) {
+long conv2d_prepared_size(const Conv& c) {
   int a = choose(c);
   return a == DIRECT ? 0 : (a == WINOGRAD4 ? 36 : 16) * panels(c.N) * kernel_position(depth(c));
 }
 
-void prepare(const Conv& c, float* out) {
+void conv2d_prepare(const Conv& c, float* out) {
   choose(c) == WINOGRAD4 ? transform_kernels<F4>(c, out) : transform_kernels<F2>(c, out);
 }
 

@@ -15,7 +15,7 @@
 // The backward goes over the same chunks twice: sums of dz and dz * xhat, then dx. dz is computed again rather than kept:
 // an exponential costs less than a number written and read.
 #include "activations.h"
-#include "kernels.h"
+#include "../kernels.h"
 #include "pool.h"
 #include "simd.h"
 

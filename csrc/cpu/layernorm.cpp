@@ -7,7 +7,7 @@
 //   │──────────────│           └────────────────────┘  write    ──► y                  │ dgamma   │ x PARTS ──► added up in
 //   └──────────────┘                                                                 │ dbeta    │             fixed order
 //                                                                                    └──────────┘
-#include "kernels.h"
+#include "../kernels.h"
 #include "pool.h"
 #include "simd.h"
 

@@ -14,7 +14,7 @@
 // which is twice as wide for GEGLU, never written to it.
 #include "activations.h"
 #include "gemm.h"
-#include "kernels.h"
+#include "../kernels.h"
 #include "pool.h"
 
 namespace minidiff::MINIDIFF_ISA {
@@ -190,7 +190,7 @@ void gradient_row(const float* dy, const float* z, int columns, float* dz) {
 
 }  // namespace
 
-void linear(const Linear& l) {
+void linear_forward(const Linear& l) {
   Layer d(l);
   if (l.M * d.columns == 0) return;
   bool large_w = 4L * l.K * l.N > LARGE_W && 4L * l.M * l.K <= X_IN_CACHE;

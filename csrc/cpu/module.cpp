@@ -2,13 +2,14 @@
 #include "module.h"
 
 #include "../bindings.h"
-#include "../ops.h"
 #include "pool.h"
 
 namespace py = pybind11;
 using namespace minidiff;
 
 namespace {
+
+const Kernels* in_use = nullptr;
 
 struct Isa {
   const char* name;
@@ -34,13 +35,15 @@ void use_isa(const std::string& name) {
   for (const Isa& isa : isas())
     if (name == isa.name) {
       if (!isa.supported) throw std::invalid_argument("this processor has no " + name);
-      use_kernels(isa.kernels);
+      in_use = isa.kernels;
       return;
     }
   throw std::invalid_argument("there are no kernels for the instruction set " + name);
 }
 
 }  // namespace
+
+const Kernels* minidiff::kernels_in_use() { return in_use; }
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Kernels in C++ for the CPU; minidiff/cpu.py calls them. csrc/ops.h says what each does.";
@@ -49,35 +52,7 @@ PYBIND11_MODULE(_cpu, m) {
       if (isa.supported) return std::string(isa.name);
     return std::string();
   }());
-  py::call_guard<py::gil_scoped_release, ThreadsOfCall> free_gil;
-#define OP(name) m.def(#name, &name, free_gil)
-  OP(conv2d_forward);
-  OP(conv2d_backward);
-  OP(conv2d_prepared_size);
-  OP(conv2d_prepare);
-  OP(linear_forward);
-  OP(linear_backward);
-  OP(group_norm_forward);
-  OP(group_norm_backward);
-  OP(layer_norm_forward);
-  OP(layer_norm_backward);
-  OP(attention_forward);
-  OP(attention_backward);
-  OP(pointwise_forward);
-  OP(pointwise_backward);
-  OP(geglu_forward);
-  OP(geglu_backward);
-  OP(add);
-  OP(squared_distance);
-  OP(scaled_difference);
-  OP(sum_of_squares);
-  OP(adamw_update);
-  OP(muon_momentum);
-  OP(descend);
-  OP(orthogonalise);
-  OP(reverse_step);
-  OP(normal);
-#undef OP
+  bind_ops<py::gil_scoped_release, ThreadsOfCall>(m, *kernels_in_use());
   m.def("num_threads", &wanted_threads);
   m.def("set_num_threads", &set_num_threads);
   m.def("instruction_sets", [] {
@@ -100,5 +75,5 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("reset_peak", &reset_peak);
   m.def("release_memory", &release_memory);
-  m.def("peak", [](long repeats) { return kernels_in_use()->peak(repeats); }, free_gil);
+  m.def("peak", [](long repeats) { return kernels_in_use()->peak(repeats); }, py::call_guard<py::gil_scoped_release, ThreadsOfCall>());
 }

@@ -3,12 +3,11 @@
 
 #include <cstddef>
 
-#include "kernels.h"
+#include "../kernels.h"
 
 namespace minidiff {
 
-void use_kernels(const Kernels* k);
-const Kernels* kernels_in_use();
+extern const Kernels *const kernels_portable, *const kernels_avx2, *const kernels_avx512;
 
 struct Memory {
   size_t in_use = 0, peak = 0, cached = 0;  // bytes

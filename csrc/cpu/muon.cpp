@@ -13,7 +13,7 @@
 // The equations stand in minidiff/optim.py, `orthogonalised`. All matrices but g are n x n, symmetric, n the shorter side of
 // g; where that is its rows, A = g g^T / |g|^2 and x = S g / |g|.
 #include "gemm.h"
-#include "kernels.h"
+#include "../kernels.h"
 #include "pool.h"
 
 namespace minidiff::MINIDIFF_ISA {

@@ -5,7 +5,7 @@
 //   ┌────┬────┬────┬────┐  one a lane          ┌────┬────┬────┬────┐           u, v ──► sqrt(-2 log u) cos 2 pi v
 //   │ c0 │ c1 │ c2 │ c3 │ ──────────────────►  │ w0 │ w1 │ w2 │ w3 │ ───────►           sqrt(-2 log u) sin 2 pi v
 //   └────┴────┴────┴────┘                      └────┴────┴────┴────┘
-#include "kernels.h"
+#include "../kernels.h"
 #include "simd.h"
 
 namespace minidiff::MINIDIFF_ISA {

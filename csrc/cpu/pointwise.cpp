@@ -6,7 +6,7 @@
 //   b  ├─────────────┼─────────────┼── ... ──┤      optimizer reads and writes of one parameter (weight, gradient, two
 //   y  ├─────────────┼─────────────┼── ... ──┤      moments, average) passes through the caches together, once
 #include "activations.h"
-#include "kernels.h"
+#include "../kernels.h"
 #include "pool.h"
 #include "simd.h"
 
@@ -95,20 +95,24 @@ void geglu_backward(float* dx, const float* dy, const float* x, long rows, int D
 void add(float* y, const float* a, const float* b, long n) {
   pieces(n, [&](long i, int m) { store_first(y + i, load_first(a + i, m) + load_first(b + i, m), m); });
 }
-void scaled_difference(float* y, const float* a, const float* b, float factor, long n) {
-  pieces(n, [&](long i, int m) { store_first(y + i, factor * (load_first(a + i, m) - load_first(b + i, m)), m); });
+void mse_forward(float* y, const float* a, const float* b, long n) {
+  *y = (float)(sum_pieces(n, [&](long i, int m) {
+         vf d = load_first(a + i, m) - load_first(b + i, m);
+         return d * d;
+       }) / n);
 }
-double squared_distance(const float* a, const float* b, long n) {
-  return sum_pieces(n, [&](long i, int m) {
-    vf d = load_first(a + i, m) - load_first(b + i, m);
-    return d * d;
-  });
+void mse_backward(float* da, const float* dy, const float* a, const float* b, long n) {
+  float factor = (float)(2.0 * *dy / n);
+  pieces(n, [&](long i, int m) { store_first(da + i, factor * (load_first(a + i, m) - load_first(b + i, m)), m); });
 }
-double sum_of_squares(const float* x, long n) {
-  return sum_pieces(n, [&](long i, int m) {
-    vf v = load_first(x + i, m);
-    return v * v;
-  });
+void gradient_norm(float* y, const Update* list, int count) {
+  double total = 0;
+  for (int k = 0; k < count; k++)
+    total += sum_pieces(list[k].n, [&](long i, int m) {
+      vf v = load_first(list[k].g + i, m);
+      return v * v;
+    });
+  *y = (float)__builtin_sqrt(total);
 }
 
 namespace {

@@ -1,20 +1,17 @@
 // The kernels of one instruction set, gathered.
-#include "kernels.h"
+#include "module.h"
 #include "pool.h"
 #include "simd.h"
 
 namespace minidiff {
 namespace MINIDIFF_ISA {
 
-void conv2d(const Conv&);
-void conv2d_weight_gradient(const Conv&, const float* dy, float* dw);
-long prepared_size(const Conv&);
-void prepare(const Conv&, float*);
-void columns(const Conv&, float*);
-void pool_sum(float* y, const float* x, int B, int h, int w, int C, int factor);
-void linear(const Linear&);
+void conv2d_forward(const Conv&);
+void conv2d_backward(const Conv&, const float*, float*, float*, float*, float*);
+long conv2d_prepared_size(const Conv&);
+void conv2d_prepare(const Conv&, float*);
+void linear_forward(const Linear&);
 void linear_backward(const Linear&, const float*, float*, float*, float*);
-void column_sums(float*, const float*, int, long, int);
 void group_norm_forward(const GroupNorm&);
 void group_norm_backward(const GroupNorm&);
 void layer_norm_forward(float*, float*, float*, const float*, const float*, const float*, long, int, double);
@@ -27,15 +24,13 @@ void pointwise_backward(float*, const float*, const float*, long, int);
 void geglu_forward(float*, const float*, long, int);
 void geglu_backward(float*, const float*, const float*, long, int);
 void add(float*, const float*, const float*, long);
-double squared_distance(const float*, const float*, long);
-void scaled_difference(float*, const float*, const float*, float, long);
-double sum_of_squares(const float*, long);
+void mse_forward(float*, const float*, const float*, long);
+void mse_backward(float*, const float*, const float*, const float*, long);
+void gradient_norm(float*, const Update*, int);
 void adamw(const Update*, int, float, float, float, float, float, float, float, float);
-
 void momentum(const Update*, int, float, float);
 void descend(const Update*, int, float, float);
 void orthogonalise(const Orthogonal*, int);
-
 void reverse_step(const ReverseStep&);
 void normal(float*, const int64_t*, long, long, uint64_t, uint32_t, uint32_t);
 
@@ -59,10 +54,10 @@ static double peak(long repeats) {
 static const Kernels table = {
 #define MINIDIFF_NAME(x) #x
 #define MINIDIFF_STRING(x) MINIDIFF_NAME(x)
-    MINIDIFF_STRING(MINIDIFF_ISA), conv2d, conv2d_weight_gradient, prepared_size, prepare, columns, pool_sum,
-    linear, linear_backward, column_sums, group_norm_forward, group_norm_backward, layer_norm_forward,
-    layer_norm_backward, attention_forward, attention_backward, pointwise_forward, pointwise_backward, geglu_forward,
-    geglu_backward, add, squared_distance, scaled_difference, sum_of_squares, adamw, momentum, descend, orthogonalise, reverse_step, normal, peak};
+    MINIDIFF_STRING(MINIDIFF_ISA), conv2d_forward, conv2d_backward, conv2d_prepared_size, conv2d_prepare, linear_forward,
+    linear_backward, group_norm_forward, group_norm_backward, layer_norm_forward, layer_norm_backward, attention_forward,
+    attention_backward, pointwise_forward, pointwise_backward, geglu_forward, geglu_backward, add, mse_forward, mse_backward,
+    gradient_norm, adamw, momentum, descend, orthogonalise, reverse_step, normal, peak};
 
 }  // namespace MINIDIFF_ISA
 

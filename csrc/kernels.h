@@ -1,4 +1,5 @@
-// The kernels as one instruction set offers them: plain pointers, sizes already checked. float32, contiguous.
+// The kernels as a module offers them, whichever device it is for: plain pointers, sizes already checked, float32,
+// contiguous. Here they are declared once for all modules; csrc/cpu and csrc/cuda define them.
 #pragma once
 
 #include <cstdint>
@@ -97,21 +98,18 @@ struct ReverseStep {
   float w = 1, signal = 1, noise = 0, clip = 0, of_x0 = 0, of_eps = 0, of_z = 0;  // clip 0: none
 };
 
+// What a module computes with: one entry an op of ops.h, whose arguments ops.cpp has checked. A null entry: this module lacks
+// the op, and Python never sees it.
 struct Kernels {
   const char* name;
-  void (*conv2d)(const Conv&);
-  void (*conv2d_weight_gradient)(const Conv&, const float* dy, float* dw);
-  long (*prepared_size)(const Conv&);  // floats, 0: nothing to prepare
-  void (*prepare)(const Conv&, float*);
+  void (*conv2d_forward)(const Conv&);
+  // dx, dx2, dw, dshift: may be null
+  void (*conv2d_backward)(const Conv&, const float* dy, float* dx, float* dx2, float* dw, float* dshift);
+  long (*conv2d_prepared_size)(const Conv&);  // floats, 0: nothing to prepare
+  void (*conv2d_prepare)(const Conv&, float*);
 
-  // out (B, H, W, kh * kw * C1): the windows of x as rows (im2col)
-  void (*columns)(const Conv&, float* out);
-  // y (B, h, w, C): the sum over each square of factor x factor pixels of x (B, factor h, factor w, C)
-  void (*pool_sum)(float* y, const float* x, int B, int h, int w, int C, int factor);
-
-  void (*linear)(const Linear&);
+  void (*linear_forward)(const Linear&);
   void (*linear_backward)(const Linear&, const float* dy, float* dx, float* dw, float* db);  // dx, dw, db: may be null
-  void (*column_sums)(float* out, const float* x, int groups, long rows, int N);  // (groups, rows, N) -> (groups, N)
 
   void (*group_norm_forward)(const GroupNorm&);
   void (*group_norm_backward)(const GroupNorm&);
@@ -128,13 +126,12 @@ struct Kernels {
   void (*geglu_forward)(float* y, const float* x, long rows, int D);  // x (rows, 2 D)
   void (*geglu_backward)(float* dx, const float* dy, const float* x, long rows, int D);
   void (*add)(float* y, const float* a, const float* b, long n);
-  double (*squared_distance)(const float* a, const float* b, long n);              // sum of (a - b)^2
-  void (*scaled_difference)(float* y, const float* a, const float* b, float factor, long n);  // factor (a - b)
-  double (*sum_of_squares)(const float* x, long n);  // in float64 from piece to piece
+  void (*mse_forward)(float* y, const float* a, const float* b, long n);                     // n > 0
+  void (*mse_backward)(float* da, const float* dy, const float* a, const float* b, long n);  // dy: one number
+  void (*gradient_norm)(float* y, const Update*, int count);  // of every g; in float64 from piece to piece
 
   void (*adamw)(const Update*, int count, float g_factor, float lr, float beta1, float beta2, float eps, float m_factor,
                 float v_factor, float ema_share);
-
   void (*momentum)(const Update*, int count, float g_factor, float mu);
   void (*descend)(const Update*, int count, float lr, float ema_share);
   void (*orthogonalise)(const Orthogonal*, int count);
@@ -148,6 +145,6 @@ struct Kernels {
   double (*peak)(long repeats);  // multiply-adds in registers: operations done
 };
 
-extern const Kernels *const kernels_portable, *const kernels_avx2, *const kernels_avx512;
+const Kernels* kernels_in_use();
 
 }  // namespace minidiff

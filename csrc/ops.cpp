@@ -1,18 +1,13 @@
-// The contract of ops.h on the CPU: arguments are checked here, then handed to the kernels of the instruction set in use.
-#include "../ops.h"
+// The contract of ops.h: arguments are checked here, for every module, then handed to the kernels in use.
+#include "ops.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "kernels.h"
-#include "module.h"
-#include "pool.h"
 
 namespace minidiff {
 namespace {
-
-const Kernels* in_use = nullptr;
 
 int64_t rows_of(const View& v) { return v && !v.shape.empty() ? v.shape[0] : 0; }
 int64_t at(const View& v, int i) { return v && i < (int)v.shape.size() ? v.shape[i] : 0; }
@@ -58,62 +53,6 @@ Conv with_inputs(const Check& check, const View& x, const View& x2, const View& 
   return c;
 }
 
-// A 1x1 convolution is a linear layer; with two inputs it is two.
-bool is_linear(const Conv& c) {
-  return c.kh == 1 && c.kw == 1 && c.stride == 1 && c.up == 1 && !c.shift && c.H == c.h && c.W == c.w;
-}
-
-// Of its first input or its second, as a linear layer.
-Linear one_by_one(const Conv& c, int input) {
-  Linear l;
-  l.x = input ? c.x2 : c.x, l.w = c.weights + (input ? (long)c.C1 * c.N : 0);
-  l.M = (long)c.B * c.H * c.W, l.K = input ? c.C2 : c.C1, l.N = c.N;
-  return l;
-}
-
-// With few channels a block of 16 would hold little but zeros; the windows as rows (im2col) are small, and one product.
-constexpr int FEW = 5;
-bool few_inputs(const Conv& c) { return c.kh * c.kw > 1 && c.C1 <= FEW && !c.x2 && !c.shift && c.N > FEW; }
-bool few_outputs(const Conv& c) {
-  return c.kh * c.kw > 1 && c.N <= FEW && c.C1 > FEW && !c.x2 && c.stride == 1 && c.up == 1;
-}
-size_t columns_size(const Conv& c) { return (size_t)c.B * c.H * c.W * c.kh * c.kw * c.C1; }
-
-// The convolution whose result is the gradient of x (or x2): that of dy, its pixels `stride` apart, with the kernel turned
-// round, at the size of the upsampled image.
-Conv turned_round(const Conv& c, const float* dy, int first, int channels) {
-  Conv d;
-  d.x = dy, d.B = c.B, d.h = c.H, d.w = c.W, d.C1 = c.N, d.spread = c.stride;
-  d.weights = c.weights, d.kh = c.kh, d.kw = c.kw, d.flipped = true, d.all_N = c.C1 + c.C2, d.first_N = first;
-  d.top = c.kh - 1 - c.top, d.left = c.kw - 1 - c.left;
-  d.H = c.h * c.up, d.W = c.w * c.up, d.N = channels, d.algorithm = c.algorithm;
-  return d;
-}
-
-Linear of_columns(const Conv& c, const float* rows) {
-  Linear l;
-  l.x = rows, l.w = c.weights, l.M = (long)c.B * c.H * c.W, l.K = c.kh * c.kw * c.C1, l.N = c.N;
-  return l;
-}
-
-// Both gradients at once: a layer from x to the windows of dy, whose weights are the kernel turned round.
-void backward_of_few_outputs(const Conv& c, const float* dy, float* dx, float* dw) {
-  Conv d = turned_round(c, dy, 0, c.C1);
-  int taps = c.kh * c.kw, width = taps * c.N;
-  Temporary rows(columns_size(d)), w((size_t)c.C1 * width), gradient((size_t)c.C1 * width);
-  in_use->columns(d, rows.data);
-  auto at = [&](int k, int tap, int n) { return ((long)(taps - 1 - tap) * c.C1 + k) * c.N + n; };
-  for (int k = 0; k < c.C1; k++)
-    for (int tap = 0; tap < taps; tap++)
-      for (int n = 0; n < c.N; n++) w.data[(long)k * width + tap * c.N + n] = c.weights[at(k, tap, n)];
-  Linear l;
-  l.x = c.x, l.w = w.data, l.M = (long)c.B * c.h * c.w, l.K = c.C1, l.N = width;
-  in_use->linear_backward(l, rows.data, dx, gradient.data, nullptr);
-  for (int k = 0; k < c.C1 && dw; k++)
-    for (int tap = 0; tap < taps; tap++)
-      for (int n = 0; n < c.N; n++) dw[at(k, tap, n)] = gradient.data[(long)k * width + tap * c.N + n];
-}
-
 int known_algorithm(const Check& check, const Conv& c, int algorithm) {
   bool winograd = (algorithm == 2 || algorithm == 4) && c.kh == 3 && c.kw == 3 && c.stride == 1;
   check.that(winograd || algorithm == CHOOSE || algorithm == DIRECT, "algorithm",
@@ -130,9 +69,6 @@ int kind_of(const Check& check, const std::string& kind, const char* argument) {
 
 }  // namespace
 
-void use_kernels(const Kernels* k) { in_use = k; }
-const Kernels* kernels_in_use() { return in_use; }
-
 void conv2d_forward(View y, View x, View x2, View w, View b, View shift, View residual, int stride, Sides sides,
                     int upsample, bool silu, View prepared, int algorithm) {
   Check check{"conv2d_forward"};
@@ -143,25 +79,8 @@ void conv2d_forward(View y, View x, View x2, View w, View b, View shift, View re
   c.residual = check.maybe(residual, "residual", {c.B, c.H, c.W, c.N});
   c.silu = silu;
   c.algorithm = known_algorithm(check, c, algorithm);
-  if (prepared) c.prepared = check.in(prepared, "prepared", {in_use->prepared_size(c)});
-  if (few_inputs(c) && algorithm == CHOOSE) {
-    Temporary rows(columns_size(c));
-    in_use->columns(c, rows.data);
-    Linear l = of_columns(c, rows.data);
-    l.bias = c.bias, l.residual = c.residual, l.y = c.y;
-    if (silu) l.activation = SILU;
-    return in_use->linear(l);
-  }
-  if (!is_linear(c)) return in_use->conv2d(c);
-  Linear l = one_by_one(c, 0);
-  l.bias = c.bias, l.residual = c.residual, l.y = c.y;
-  if (silu && !c.x2) l.activation = SILU;
-  in_use->linear(l);
-  if (!c.x2) return;
-  l = one_by_one(c, 1);
-  l.residual = l.y = c.y;
-  if (silu) l.activation = SILU;
-  in_use->linear(l);
+  if (prepared) c.prepared = check.in(prepared, "prepared", {kernels_in_use()->conv2d_prepared_size(c)});
+  kernels_in_use()->conv2d_forward(c);
 }
 
 void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, View x2, View w, int stride, Sides sides,
@@ -170,48 +89,23 @@ void conv2d_backward(View dx, View dx2, View dw, View dshift, View dy, View x, V
   Conv c = with_inputs(check, x, x2, w, stride, sides, upsample);
   c.algorithm = known_algorithm(check, c, algorithm);
   const float* g = check.in(dy, "dy", {c.B, c.H, c.W, c.N});
-  long positions = (long)c.H * c.W;
-  if (dshift) in_use->column_sums(check.out(dshift, "dshift", {c.B, c.N}), g, c.B, positions, c.N);
-  float* into_w = dw ? check.out(dw, "dw", w.shape) : nullptr;
-  float* into[2] = {dx ? check.out(dx, "dx", {c.B, c.h, c.w, c.C1}) : nullptr,
-                    dx2 ? check.out(dx2, "dx2", {c.B, c.h, c.w, c.C2}) : nullptr};
-  if (is_linear(c)) {
-    in_use->linear_backward(one_by_one(c, 0), g, into[0], into_w, nullptr);
-    if (c.x2) in_use->linear_backward(one_by_one(c, 1), g, into[1], dw ? into_w + (long)c.C1 * c.N : nullptr, nullptr);
-    return;
-  }
-  if (few_outputs(c) && algorithm == CHOOSE) return backward_of_few_outputs(c, g, into[0], into_w);
-  if (dw && few_inputs(c) && algorithm == CHOOSE) {
-    Temporary rows(columns_size(c));
-    in_use->columns(c, rows.data);
-    in_use->linear_backward(of_columns(c, rows.data), g, nullptr, into_w, nullptr);
-  } else if (dw) {
-    in_use->conv2d_weight_gradient(c, g, into_w);
-  }
-  // Each square of an upsampled image is summed.
-  for (int input = 0; input < 2; input++)
-    if (into[input]) {
-      int channels = input ? c.C2 : c.C1, first = input ? c.C1 : 0;
-      Conv d = turned_round(c, g, first, channels);
-      Temporary large(c.up > 1 ? (size_t)d.B * d.H * d.W * d.N : 0);
-      d.y = c.up > 1 ? large.data : into[input];
-      in_use->conv2d(d);
-      if (c.up > 1) in_use->pool_sum(into[input], large.data, d.B, c.h, c.w, channels, c.up);
-    }
+  kernels_in_use()->conv2d_backward(
+      c, g, dx ? check.out(dx, "dx", {c.B, c.h, c.w, c.C1}) : nullptr, dx2 ? check.out(dx2, "dx2", {c.B, c.h, c.w, c.C2}) : nullptr,
+      dw ? check.out(dw, "dw", w.shape) : nullptr, dshift ? check.out(dshift, "dshift", {c.B, c.N}) : nullptr);
 }
 
 int64_t conv2d_prepared_size(View w, int B, int height, int width, int stride, Sides sides, int upsample) {
   Check check{"conv2d_prepared_size"};
   check.array(w, "w", {ANY, ANY, ANY, ANY});
-  return in_use->prepared_size(geometry(check, B, height, width, w.shape[2], 0, w, stride, sides, upsample));
+  return kernels_in_use()->conv2d_prepared_size(geometry(check, B, height, width, w.shape[2], 0, w, stride, sides, upsample));
 }
 void conv2d_prepare(View prepared, View w, int B, int height, int width, int stride, Sides sides, int upsample) {
   Check check{"conv2d_prepare"};
   check.array(w, "w", {ANY, ANY, ANY, ANY});
   Conv c = geometry(check, B, height, width, w.shape[2], 0, w, stride, sides, upsample);
-  int64_t size = in_use->prepared_size(c);
+  int64_t size = kernels_in_use()->conv2d_prepared_size(c);
   float* out = check.out(prepared, "prepared", {size});
-  if (size) in_use->prepare(c, out);
+  if (size) kernels_in_use()->conv2d_prepare(c, out);
 }
 
 static Linear layer(const Check& check, const View& x, const View& w, const std::string& activation) {
@@ -233,14 +127,14 @@ void linear_forward(View y, View z, View x, View w, View b, View residual, const
   l.residual = check.maybe(residual, "residual", {l.M, l.N});
   check.that(!z || l.activation != NO_ACTIVATION, "z", "is only there with an activation");
   check.that(!residual || l.activation != GEGLU, "residual", "and geglu exclude each other");
-  in_use->linear(l);
+  kernels_in_use()->linear_forward(l);
 }
 void linear_backward(View dx, View dw, View db, View dy, View z, View x, View w, const std::string& activation) {
   Check check{"linear_backward"};
   Linear l = layer(check, x, w, activation);
   const float* g = check.in(dy, "dy", {l.M, l.activation == GEGLU ? l.N / 2 : l.N});
   if (l.activation != NO_ACTIVATION) l.z = (float*)check.in(z, "z", {l.M, l.N});
-  in_use->linear_backward(l, g, dx ? check.out(dx, "dx", {l.M, l.K}) : nullptr, check.out(dw, "dw", {l.K, l.N}),
+  kernels_in_use()->linear_backward(l, g, dx ? check.out(dx, "dx", {l.M, l.K}) : nullptr, check.out(dw, "dw", {l.K, l.N}),
                           db ? check.out(db, "db", {l.N}) : nullptr);
 }
 
@@ -267,7 +161,7 @@ void group_norm_forward(View y, View mean, View rstd, View x, View x2, View gain
   g.mean = check.out(mean, "mean", {g.B, g.C});
   g.rstd = check.out(rstd, "rstd", {g.B, g.C});
   g.eps = eps, g.silu = silu;
-  in_use->group_norm_forward(g);
+  kernels_in_use()->group_norm_forward(g);
 }
 void group_norm_backward(View dx, View dx2, View dgain, View doffset, View dy, View x, View x2, View gain, View offset,
                          View mean, View rstd, int groups, bool silu) {
@@ -281,7 +175,7 @@ void group_norm_backward(View dx, View dx2, View dgain, View doffset, View dy, V
   g.dgain = check.out(dgain, "dgain", {g.B, g.C});
   g.doffset = check.out(doffset, "doffset", {g.B, g.C});
   g.silu = silu;
-  in_use->group_norm_backward(g);
+  kernels_in_use()->group_norm_backward(g);
 }
 
 void layer_norm_forward(View y, View mean, View rstd, View x, View gamma, View beta, double eps) {
@@ -289,7 +183,7 @@ void layer_norm_forward(View y, View mean, View rstd, View x, View gamma, View b
   check.array(x, "x", {ANY, ANY});
   int64_t rows = x.shape[0], D = x.shape[1];
   check.that(D > 0, "x", "must have channels");
-  in_use->layer_norm_forward(check.out(y, "y", {rows, D}), check.out(mean, "mean", {rows}), check.out(rstd, "rstd", {rows}),
+  kernels_in_use()->layer_norm_forward(check.out(y, "y", {rows, D}), check.out(mean, "mean", {rows}), check.out(rstd, "rstd", {rows}),
                              (const float*)x.data, check.in(gamma, "gamma", {D}), check.in(beta, "beta", {D}), rows, D, eps);
 }
 void layer_norm_backward(View dx, View dgamma, View dbeta, View dy, View x, View gamma, View mean, View rstd) {
@@ -297,7 +191,7 @@ void layer_norm_backward(View dx, View dgamma, View dbeta, View dy, View x, View
   check.array(x, "x", {ANY, ANY});
   int64_t rows = x.shape[0], D = x.shape[1];
   check.that(D > 0, "x", "must have channels");
-  in_use->layer_norm_backward(check.out(dx, "dx", {rows, D}), check.out(dgamma, "dgamma", {D}), check.out(dbeta, "dbeta", {D}),
+  kernels_in_use()->layer_norm_backward(check.out(dx, "dx", {rows, D}), check.out(dgamma, "dgamma", {D}), check.out(dbeta, "dbeta", {D}),
                               check.in(dy, "dy", {rows, D}), (const float*)x.data, check.in(gamma, "gamma", {D}),
                               check.in(mean, "mean", {rows}), check.in(rstd, "rstd", {rows}), rows, D);
 }
@@ -329,7 +223,7 @@ void attention_forward(View y, View lse, View q, View k, View v, View bias, int 
   Attention a = attention(check, q, k, v, bias, heads, scale, causal);
   a.y = check.out(y, "y", {a.B, a.Lq, a.dv * heads});
   if (lse) a.lse = check.out(lse, "lse", {a.B, heads, a.Lq});
-  in_use->attention_forward(a);
+  kernels_in_use()->attention_forward(a);
 }
 void attention_backward(View dq, View dk, View dv, View dy, View y, View lse, View q, View k, View v, View bias, int heads,
                         double scale, bool causal) {
@@ -341,19 +235,19 @@ void attention_backward(View dq, View dk, View dv, View dy, View y, View lse, Vi
   a.dq = check.out(dq, "dq", q.shape);
   a.dk = check.out(dk, "dk", k.shape);
   a.dv_out = check.out(dv, "dv", v.shape);
-  in_use->attention_backward(a);
+  kernels_in_use()->attention_backward(a);
 }
 
 void pointwise_forward(View y, View x, const std::string& kind) {
   Check check{"pointwise_forward"};
   int64_t n = rows_of(x);
-  in_use->pointwise_forward(check.out(y, "y", {n}), check.in(x, "x", {n}), n,
+  kernels_in_use()->pointwise_forward(check.out(y, "y", {n}), check.in(x, "x", {n}), n,
                             kind_of(check, kind, "kind"));
 }
 void pointwise_backward(View dx, View dy, View x, const std::string& kind) {
   Check check{"pointwise_backward"};
   int64_t n = rows_of(x);
-  in_use->pointwise_backward(check.out(dx, "dx", {n}), check.in(dy, "dy", {n}), check.in(x, "x", {n}), n,
+  kernels_in_use()->pointwise_backward(check.out(dx, "dx", {n}), check.in(dy, "dy", {n}), check.in(x, "x", {n}), n,
                              kind_of(check, kind, "kind"));
 }
 void geglu_forward(View y, View x) {
@@ -361,38 +255,40 @@ void geglu_forward(View y, View x) {
   check.array(x, "x", {ANY, ANY});
   check.that(x.shape[1] % 2 == 0, "x", "must have two halves");
   int64_t rows = x.shape[0], D = x.shape[1] / 2;
-  in_use->geglu_forward(check.out(y, "y", {rows, D}), (const float*)x.data, rows, D);
+  kernels_in_use()->geglu_forward(check.out(y, "y", {rows, D}), (const float*)x.data, rows, D);
 }
 void geglu_backward(View dx, View dy, View x) {
   Check check{"geglu_backward"};
   check.array(x, "x", {ANY, ANY});
   check.that(x.shape[1] % 2 == 0, "x", "must have two halves");
   int64_t rows = x.shape[0], D = x.shape[1] / 2;
-  in_use->geglu_backward(check.out(dx, "dx", x.shape), check.in(dy, "dy", {rows, D}), (const float*)x.data, rows, D);
+  kernels_in_use()->geglu_backward(check.out(dx, "dx", x.shape), check.in(dy, "dy", {rows, D}), (const float*)x.data, rows, D);
 }
 void add(View y, View a, View b) {
   Check check{"add"};
   int64_t n = rows_of(a);
-  in_use->add(check.out(y, "y", {n}), check.in(a, "a", {n}), check.in(b, "b", {n}), n);
+  kernels_in_use()->add(check.out(y, "y", {n}), check.in(a, "a", {n}), check.in(b, "b", {n}), n);
 }
-double squared_distance(View a, View b) {
-  Check check{"squared_distance"};
+void mse_forward(View y, View a, View b) {
+  Check check{"mse_forward"};
   int64_t n = rows_of(a);
-  return in_use->squared_distance(check.in(a, "a", {n}), check.in(b, "b", {n}), n);
+  check.that(n > 0, "a", "must have elements");
+  kernels_in_use()->mse_forward(check.out(y, "y", {1}), check.in(a, "a", {n}), check.in(b, "b", {n}), n);
 }
-void scaled_difference(View y, View a, View b, double factor) {
-  Check check{"scaled_difference"};
+void mse_backward(View da, View dy, View a, View b) {
+  Check check{"mse_backward"};
   int64_t n = rows_of(a);
-  in_use->scaled_difference(check.out(y, "y", {n}), check.in(a, "a", {n}), check.in(b, "b", {n}), (float)factor, n);
+  kernels_in_use()->mse_backward(check.out(da, "da", {n}), check.in(dy, "dy", {1}), check.in(a, "a", {n}),
+                                 check.in(b, "b", {n}), n);
 }
-double sum_of_squares(std::vector<View> x) {
-  Check check{"sum_of_squares"};
-  double total = 0;
-  for (const View& v : x) {
-    check.array(v, "x", v.shape);
-    total += in_use->sum_of_squares((const float*)v.data, v.size());
+void gradient_norm(View y, std::vector<View> g) {
+  Check check{"gradient_norm"};
+  std::vector<Update> list(g.size());
+  for (size_t i = 0; i < g.size(); i++) {
+    check.array(g[i], "g", g[i].shape);
+    list[i] = {g[i].size(), nullptr, nullptr, nullptr, nullptr, (const float*)g[i].data, 0};
   }
-  return total;
+  kernels_in_use()->gradient_norm(check.out(y, "y", {1}), list.data(), (int)list.size());
 }
 
 void adamw_update(std::vector<View> p, std::vector<View> g, std::vector<View> m, std::vector<View> v,
@@ -413,7 +309,7 @@ void adamw_update(std::vector<View> p, std::vector<View> g, std::vector<View> m,
                   check.in(g[i], "g", {n}),
                   (float)decay[i]};
   }
-  in_use->adamw(updates.data(), (int)count, (float)g_factor, (float)lr, (float)beta1, (float)beta2, (float)eps,
+  kernels_in_use()->adamw(updates.data(), (int)count, (float)g_factor, (float)lr, (float)beta1, (float)beta2, (float)eps,
                 (float)(1 / (1 - std::pow(beta1, step))), (float)(1 / (1 - std::pow(beta2, step))), (float)(1 - ema_decay));
 }
 
@@ -425,7 +321,7 @@ void muon_momentum(std::vector<View> u, std::vector<View> g, std::vector<View> m
     int64_t n = rows_of(u[i]);
     updates[i] = {n, check.out(u[i], "u", {n}), check.out(m[i], "m", {n}), nullptr, nullptr, check.in(g[i], "g", {n}), 0};
   }
-  in_use->momentum(updates.data(), (int)updates.size(), (float)g_factor, (float)mu);
+  kernels_in_use()->momentum(updates.data(), (int)updates.size(), (float)g_factor, (float)mu);
 }
 void descend(std::vector<View> p, std::vector<View> u, std::vector<View> ema, double lr, std::vector<double> length,
              std::vector<double> decay, double ema_decay) {
@@ -439,7 +335,7 @@ void descend(std::vector<View> p, std::vector<View> u, std::vector<View> ema, do
     updates[i] = {n, check.out(p[i], "p", {n}), nullptr, nullptr, check.out(ema[i], "ema", {n}), check.in(u[i], "u", {n}),
                   (float)decay[i], (float)length[i]};
   }
-  in_use->descend(updates.data(), (int)count, (float)lr, (float)(1 - ema_decay));
+  kernels_in_use()->descend(updates.data(), (int)count, (float)lr, (float)(1 - ema_decay));
 }
 
 void orthogonalise(std::vector<View> x, std::vector<View> g) {
@@ -453,7 +349,7 @@ void orthogonalise(std::vector<View> x, std::vector<View> g) {
     float* to = check.out(x[i], "x", {rows, columns});
     list[i] = {std::max(rows, columns), (int)n, (const float*)g[i].data, to, columns > rows};
   }
-  in_use->orthogonalise(list.data(), (int)list.size());
+  kernels_in_use()->orthogonalise(list.data(), (int)list.size());
 }
 
 void reverse_step(View x_prev, View x0, View eps, View x_t, View eps_cond, View eps_uncond, View z, double w, double signal,
@@ -466,13 +362,13 @@ void reverse_step(View x_prev, View x0, View eps, View x_t, View eps_cond, View 
   s.eps_uncond = check.maybe(eps_uncond, "eps_uncond", {n}), s.z = check.maybe(z, "z", {n});
   s.w = (float)w, s.signal = (float)signal, s.noise = (float)noise, s.clip = (float)clip;
   s.of_x0 = (float)of_x0, s.of_eps = (float)of_eps, s.of_z = (float)of_z;
-  in_use->reverse_step(s);
+  kernels_in_use()->reverse_step(s);
 }
 
 void normal(View out, std::vector<int64_t> samples, uint64_t seed, uint32_t step, uint32_t purpose) {
   Check check{"normal"};
   float* to = check.out(out, "out", {(int64_t)samples.size(), ANY});
-  in_use->normal(to, samples.data(), (long)samples.size(), out.shape[1], seed, step, purpose);
+  kernels_in_use()->normal(to, samples.data(), (long)samples.size(), out.shape[1], seed, step, purpose);
 }
 
 }  // namespace minidiff
