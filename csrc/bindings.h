@@ -18,10 +18,10 @@ struct type_caster<minidiff::View> {
   bool load(handle source, bool) {
     if (source.is_none()) return true;
     value.given = true;
-    if (!isinstance<array>(source)) {  // the checks say which argument it is
-      if (hasattr(source, "__cuda_array_interface__")) value.device = minidiff::Device::cuda;
-      value.dtype_name = "something that is no NumPy array: " + std::string(Py_TYPE(source.ptr())->tp_name);
-      return true;
+    if (!isinstance<array>(source)) {
+      if (hasattr(source, "__cuda_array_interface__")) return load_from_gpu(source);
+      value.dtype_name = "something that is no array: " + std::string(Py_TYPE(source.ptr())->tp_name);
+      return true;  // the checks say which argument it is
     }
     auto a = reinterpret_borrow<array>(source);
     value.data = const_cast<void*>(a.data());
@@ -31,6 +31,29 @@ struct type_caster<minidiff::View> {
     value.dtype = native ? minidiff::DType::f32 : minidiff::DType::other;
     if (!native) value.dtype_name = str(a.dtype());
     value.writable = a.writeable();
+    return true;
+  }
+
+ private:
+  // The CUDA Array Interface, version 3; CuPy's arrays say besides which GPU they are on.
+  bool load_from_gpu(handle source) {
+    value.device = minidiff::Device::cuda;
+    if (value.device != minidiff::Device::MINIDIFF_DEVICE) return true;  // the checks refuse it
+    auto about = source.attr("__cuda_array_interface__").cast<dict>();
+    auto data = about["data"].cast<tuple>();
+    value.data = reinterpret_cast<void*>(data[0].cast<uintptr_t>());
+    value.writable = !data[1].cast<bool>();
+    value.shape = about["shape"].cast<std::vector<int64_t>>();
+    value.dtype_name = about["typestr"].cast<std::string>();
+    if (value.dtype_name == "<f4") value.dtype = minidiff::DType::f32;
+    if (about.contains("strides") && !about["strides"].is_none()) {
+      value.strides = about["strides"].cast<std::vector<int64_t>>();
+    } else {
+      value.strides.assign(value.shape.size(), 4);
+      for (size_t i = value.shape.size(); i-- > 1;) value.strides[i - 1] = value.strides[i] * value.shape[i];
+    }
+    if (hasattr(source, "device") && hasattr(source.attr("device"), "id"))
+      value.ordinal = source.attr("device").attr("id").cast<int>();
     return true;
   }
 };

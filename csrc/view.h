@@ -11,6 +11,9 @@ namespace minidiff {
 
 enum class DType : uint8_t { f32, other };
 enum class Device : uint8_t { cpu, cuda };
+#ifndef MINIDIFF_DEVICE
+#define MINIDIFF_DEVICE cpu
+#endif
 
 struct View {
   void* data = nullptr;
@@ -18,6 +21,7 @@ struct View {
   DType dtype = DType::other;
   std::string dtype_name;
   Device device = Device::cpu;
+  int ordinal = 0;  // which GPU
   bool writable = false;
   bool given = false;  // false: None
 
@@ -26,6 +30,12 @@ struct View {
     int64_t n = 1;
     for (int64_t s : shape) n *= s;
     return n;
+  }
+  // From the first byte to behind the last, for strides that are not negative.
+  int64_t extent() const {
+    int64_t last = 0;
+    for (size_t i = 0; i < shape.size(); i++) last += (shape[i] - 1) * strides[i];
+    return size() ? last + 4 : 0;
   }
   bool contiguous() const {
     if (size() == 0) return true;
@@ -38,6 +48,11 @@ struct View {
 
 constexpr int64_t ANY = -1;
 
+int ordinal_in_use();  // the GPU that kernels are launched on; 0 on a CPU
+
+// Hears of every array that a check has passed: the emulator watches their bounds.
+inline void (*on_array)(const View&) = nullptr;
+
 inline std::string shape_text(const std::vector<int64_t>& shape) {
   std::string s = "(";
   for (size_t i = 0; i < shape.size(); i++)
@@ -48,7 +63,7 @@ inline std::string shape_text(const std::vector<int64_t>& shape) {
 // Throws std::invalid_argument, which says which argument of which op wanted what.
 struct Check {
   const char* op;
-  Device device = Device::cpu;
+  Device device = Device::MINIDIFF_DEVICE;
 
   [[noreturn]] void fail(const char* name, const std::string& what) const {
     throw std::invalid_argument(std::string(op) + ": " + name + " " + what);
@@ -56,11 +71,14 @@ struct Check {
   void array(const View& v, const char* name, std::vector<int64_t> shape, bool contiguous = true) const {
     if (!v) fail(name, "is missing");
     if (v.device != device) fail(name, device == Device::cpu ? "must be in the computer's memory" : "must be on the GPU");
+    if (v.ordinal != ordinal_in_use())
+      fail(name, "is on GPU " + std::to_string(v.ordinal) + ", but GPU " + std::to_string(ordinal_in_use()) + " is in use");
     if (v.dtype != DType::f32) fail(name, "must be float32, got " + v.dtype_name);
     bool fits = v.shape.size() == shape.size();
     for (size_t i = 0; fits && i < shape.size(); i++) fits = shape[i] == ANY || shape[i] == v.shape[i];
     if (!fits) fail(name, "must have shape " + shape_text(shape) + ", got " + shape_text(v.shape));
     if (contiguous && !v.contiguous()) fail(name, "must be contiguous, in C order");
+    if (on_array) on_array(v);
   }
   const float* in(const View& v, const char* name, std::vector<int64_t> shape) const {
     array(v, name, shape);

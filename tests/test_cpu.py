@@ -455,8 +455,8 @@ class OnTheGpu:
 @pytest.mark.parametrize(
     "thing, words",
     [
-        ([[1.0]], "x must be float32, got something that is no NumPy array: list"),
-        (3.0, "x must be float32, got something that is no NumPy array: float"),
+        ([[1.0]], "x must be float32, got something that is no array: list"),
+        (3.0, "x must be float32, got something that is no array: float"),
         (OnTheGpu(), "x must be in the computer's memory"),
     ],
 )

@@ -44,6 +44,7 @@ void use_isa(const std::string& name) {
 }  // namespace
 
 const Kernels* minidiff::kernels_in_use() { return in_use; }
+int minidiff::ordinal_in_use() { return 0; }
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Kernels in C++ for the CPU; minidiff/cpu.py calls them. csrc/ops.h says what each does.";

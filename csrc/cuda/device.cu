@@ -1,0 +1,60 @@
+// The device in use, the stream of the present call, and the workspace: memory that grows where it must and is then kept.
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "ladder.h"
+#include "stream.h"
+
+namespace minidiff {
+namespace cuda {
+namespace {
+
+struct Workspace {
+  float* data = nullptr;
+  size_t floats = 0;
+};
+
+cudaStream_t current = nullptr;
+std::map<int, Workspace> workspaces;  // by device
+
+void check(cudaError_t e, const char* what) {
+  if (e != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(e));
+}
+
+int attribute(cudaDeviceAttr which) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, ordinal_in_use()), "cudaDeviceGetAttribute");
+  return value;
+}
+
+}  // namespace
+
+cudaStream_t stream() { return current; }
+void set_stream(uintptr_t s) { current = reinterpret_cast<cudaStream_t>(s); }
+
+float* workspace(size_t floats) {
+  Workspace& w = workspaces[ordinal_in_use()];
+  if (w.floats < floats) {
+    check(cudaFree(w.data), "cudaFree");
+    w = {};
+    check(cudaMalloc(&w.data, floats * sizeof(float)), "cudaMalloc of a workspace");
+    w.floats = floats;
+  }
+  return w.data;
+}
+
+int compute_capability() {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+}
+int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+
+}  // namespace cuda
+
+int ordinal_in_use() {
+  int device = 0;
+  cuda::check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+}  // namespace minidiff

@@ -1,0 +1,20 @@
+// Where launches go, and the memory that they share between two of them.
+#pragma once
+
+#include <cstddef>
+
+#include "portable.h"
+
+namespace minidiff::cuda {
+
+// The stream of the present call.
+cudaStream_t stream();
+
+// At least this many floats on the device, aligned to 256 bytes, until the next call of `workspace` in the same op; what
+// it holds is undefined. It grows where it must, and is then kept.
+float* workspace(size_t floats);
+
+// The blocks that n threads' work makes, at least 1.
+inline unsigned blocks_for(long n, int threads) { return (unsigned)((n + threads - 1) / threads); }
+
+}  // namespace minidiff::cuda
