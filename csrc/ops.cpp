@@ -302,10 +302,10 @@ void adamw_update(std::vector<View> p, std::vector<View> g, std::vector<View> m,
   for (size_t i = 0; i < count; i++) {
     int64_t n = rows_of(p[i]);
     updates[i] = {n,
-                  check.out(p[i], "p", {n}),
-                  check.out(m[i], "m", {n}),
-                  check.out(v[i], "v", {n}),
-                  check.out(ema[i], "ema", {n}),
+                  check.update(p[i], "p", {n}),
+                  check.update(m[i], "m", {n}),
+                  check.update(v[i], "v", {n}),
+                  check.update(ema[i], "ema", {n}),
                   check.in(g[i], "g", {n}),
                   (float)decay[i]};
   }
@@ -319,7 +319,7 @@ void muon_momentum(std::vector<View> u, std::vector<View> g, std::vector<View> m
   std::vector<Update> updates(u.size());
   for (size_t i = 0; i < u.size(); i++) {
     int64_t n = rows_of(u[i]);
-    updates[i] = {n, check.out(u[i], "u", {n}), check.out(m[i], "m", {n}), nullptr, nullptr, check.in(g[i], "g", {n}), 0};
+    updates[i] = {n, check.out(u[i], "u", {n}), check.update(m[i], "m", {n}), nullptr, nullptr, check.in(g[i], "g", {n}), 0};
   }
   kernels_in_use()->momentum(updates.data(), (int)updates.size(), (float)g_factor, (float)mu);
 }
@@ -332,7 +332,7 @@ void descend(std::vector<View> p, std::vector<View> u, std::vector<View> ema, do
   std::vector<Update> updates(count);
   for (size_t i = 0; i < count; i++) {
     int64_t n = rows_of(p[i]);
-    updates[i] = {n, check.out(p[i], "p", {n}), nullptr, nullptr, check.out(ema[i], "ema", {n}), check.in(u[i], "u", {n}),
+    updates[i] = {n, check.update(p[i], "p", {n}), nullptr, nullptr, check.update(ema[i], "ema", {n}), check.in(u[i], "u", {n}),
                   (float)decay[i], (float)length[i]};
   }
   kernels_in_use()->descend(updates.data(), (int)count, (float)lr, (float)(1 - ema_decay));

@@ -50,8 +50,10 @@ constexpr int64_t ANY = -1;
 
 int ordinal_in_use();  // the GPU that kernels are launched on; 0 on a CPU
 
-// Hears of every array that a check has passed: the emulator watches their bounds.
-inline void (*on_array)(const View&) = nullptr;
+enum class Use : uint8_t { input, output, update };  // update: read and written
+
+// Hears of every array that a check has passed: the emulator watches what kernels do to it.
+inline void (*on_array)(const View&, const char* name, Use) = nullptr;
 
 inline std::string shape_text(const std::vector<int64_t>& shape) {
   std::string s = "(";
@@ -68,7 +70,8 @@ struct Check {
   [[noreturn]] void fail(const char* name, const std::string& what) const {
     throw std::invalid_argument(std::string(op) + ": " + name + " " + what);
   }
-  void array(const View& v, const char* name, std::vector<int64_t> shape, bool contiguous = true) const {
+  void array(const View& v, const char* name, std::vector<int64_t> shape, bool contiguous = true,
+             Use use = Use::input) const {
     if (!v) fail(name, "is missing");
     if (v.device != device) fail(name, device == Device::cpu ? "must be in the computer's memory" : "must be on the GPU");
     if (v.ordinal != ordinal_in_use())
@@ -78,7 +81,7 @@ struct Check {
     for (size_t i = 0; fits && i < shape.size(); i++) fits = shape[i] == ANY || shape[i] == v.shape[i];
     if (!fits) fail(name, "must have shape " + shape_text(shape) + ", got " + shape_text(v.shape));
     if (contiguous && !v.contiguous()) fail(name, "must be contiguous, in C order");
-    if (on_array) on_array(v);
+    if (on_array) on_array(v, name, use);
   }
   const float* in(const View& v, const char* name, std::vector<int64_t> shape) const {
     array(v, name, shape);
@@ -87,10 +90,13 @@ struct Check {
   const float* maybe(const View& v, const char* name, std::vector<int64_t> shape) const {
     return v ? in(v, name, shape) : nullptr;
   }
-  float* out(const View& v, const char* name, std::vector<int64_t> shape) const {
-    array(v, name, shape);
+  float* out(const View& v, const char* name, std::vector<int64_t> shape, Use use = Use::output) const {
+    array(v, name, shape, true, use);
     if (!v.writable) fail(name, "is read-only");
     return static_cast<float*>(v.data);
+  }
+  float* update(const View& v, const char* name, std::vector<int64_t> shape) const {
+    return out(v, name, shape, Use::update);
   }
   void that(bool holds, const char* name, const std::string& what) const {
     if (!holds) fail(name, what);

@@ -5,6 +5,10 @@
 
 #include "portable.h"
 
+namespace minidiff {
+int ordinal_in_use();  // of view.h
+}
+
 namespace minidiff::cuda {
 
 // The stream of the present call.

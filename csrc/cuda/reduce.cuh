@@ -1,0 +1,29 @@
+// Sums over a warp and over a block, in a fixed order.
+#pragma once
+
+#include "portable.h"
+
+namespace minidiff::cuda {
+namespace {
+
+// In every lane the sum over the warp: after step d each lane holds the sum of the 32 / d lanes it has heard of.
+template <class T>
+__device__ T warp_sum(T v) {
+  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+  return v;
+}
+
+// In the first warp the sum over the block, of whole warps; once a kernel for each T, as there is no barrier behind it.
+template <class T>
+__device__ T block_sum(T v) {
+  __shared__ T sums[32];
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  v = warp_sum(v);
+  if (lane == 0) sums[warp] = v;
+  __syncthreads();
+  if (warp == 0) v = warp_sum(lane < warps ? sums[lane] : T(0));
+  return v;
+}
+
+}  // namespace
+}  // namespace minidiff::cuda
