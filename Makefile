@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
 
-.PHONY: help setup demo test lint bench notebooks lab clean
+.PHONY: help setup demo test lint bench notebooks lab gpu-build gpu-test gpu-bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -50,6 +50,22 @@ notebooks: setup  ## execute all notebooks and write them with their outputs
 lab: setup  ## open the notebooks in JupyterLab
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[lab]'
 	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+# On a machine with a GPU, with its own Python: numpy, cupy, pytest, pybind11, ninja and nvcc are all it needs.
+GPU_TESTS := $(addprefix tests/test_,attention.py conv2d.py diffusion.py elementwise.py geglu.py gelu.py groupnorm.py \
+	layernorm.py linear.py mse.py optim.py random.py silu.py)
+SANITIZE := compute-sanitizer --error-exitcode 1 --target-processes all
+
+gpu-build:
+	MINIDIFF_MODULES=_cuda $(PYTHON) setup.py -q build_ext --inplace
+
+gpu-test: gpu-build  ## test the CUDA kernels on a GPU, then memcheck and racecheck on small shapes
+	$(PYTHON) -m pytest --require-gpu $(GPU_TESTS) -k cuda
+	for tool in memcheck racecheck; do $(SANITIZE) --tool $$tool $(PYTHON) -m pytest --require-gpu \
+		tests/test_conv2d.py tests/test_linear.py tests/test_groupnorm.py tests/test_attention.py -k "cuda and small" || exit 1; done
+
+gpu-bench: gpu-build  ## measure the CUDA kernels beside PyTorch: benchmarks/results/DEVICE/
+	$(PYTHON) benchmarks/bench_gpu.py
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) build minidiff/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

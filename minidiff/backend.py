@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
@@ -109,13 +110,25 @@ def kernels(kind: str) -> Iterator[None]:
 def _switch(kind: str) -> None:
     global _active
     _active = kind
-    getattr(MODULES[kind], "activate", lambda: None)()
+    if isinstance(MODULES[kind], SimpleNamespace):
+        getattr(MODULES[kind], "activate", lambda: None)()
+
+
+class _WhenNeeded:
+    """The kernels for a GPU before their first use: importing minidiff imports no CuPy and touches no GPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        from minidiff import cuda
+
+        MODULES.update(cuda.kinds())
+        return getattr(MODULES["cuda"], name)
 
 
 def load_compiled() -> None:
-    """Enter the compiled modules that are here in the table, and make the best the active one.
+    """Enter the compiled modules that are here in the table, and make the best for the CPU the active one.
 
-    The environment variable MINIDIFF_KERNELS names another kind to begin with, such as "reference".
+    The environment variable MINIDIFF_KERNELS names another kind to begin with, such as "reference". CuPy's arrays go to
+    the kernels for a GPU under any kind but "reference".
     """
     try:
         from minidiff import cpu
@@ -123,7 +136,20 @@ def load_compiled() -> None:
         missing["cpu"] = str(e)
     else:
         MODULES.update(cpu.kinds())
-    wanted = os.environ.get("MINIDIFF_KERNELS", "cpu" if "cpu" in MODULES else "reference")
+    for kind in ("emulated", "checked"):
+        try:
+            from minidiff import emulated
+
+            MODULES.update(emulated.kinds(kind))
+        except ImportError as e:
+            missing[kind] = str(e)
+    absent = [name for name in ("minidiff._cuda", "cupy") if importlib.util.find_spec(name) is None]
+    if absent:
+        missing["cuda"] = f"there is no {' and no '.join(absent)}"
+    else:
+        MODULES["cuda"] = _WhenNeeded()
+    default = next(kind for kind in ("cpu", "cuda", "reference") if kind in MODULES)
+    wanted = os.environ.get("MINIDIFF_KERNELS", default)
     if wanted not in MODULES:
         raise UserError(f"MINIDIFF_KERNELS: there are no {wanted!r} kernels here; built: {', '.join(MODULES)}")
     _switch(wanted)

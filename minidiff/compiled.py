@@ -1,7 +1,7 @@
 """The compiled kernels under the names and arguments of the ops' own functions, whichever module computes.
 
 Each function here allocates the results and calls the kernel of csrc/ops.h; the reference beside the equation, in
-minidiff/ops, says what is computed. Kernels compute in float32, on the arrays of their module: others go to the reference.
+minidiff/ops, says what is computed. Kernels compute in float32, on their module's arrays: others go to the reference.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from minidiff.backend import REFERENCE, Array
+from minidiff.backend import MODULES, REFERENCE, Array, array_module
 from minidiff.random import check_counters
 
 F = TypeVar("F", bound=Callable[..., Any])
 CHOOSE = -1  # the convolution's algorithm: by shape (on a CPU 0: direct, 2 and 4: Winograd)
-PLAIN = frozenset((type(None), bool, int, float, str, tuple))  # what is no array
+PLAIN = frozenset((type(None), bool, int, float, str, tuple, np.float32))  # what is no array
 MAX_TAPS = 1024  # of a convolution's kernel, as in csrc/kernels.h
 NEEDS = {  # the kernel of an op's function, where it has another name
     "silu_forward": "pointwise_forward", "silu_backward": "pointwise_backward",
@@ -72,14 +72,20 @@ def _bound(on: Compiled, name: str) -> Callable[..., Any]:
             kind = type(a)
             if kind is array:
                 if a.dtype != float32:
-                    return REFERENCE[name](*args)
+                    return elsewhere(args)
                 if not a.flags.c_contiguous:
                     gaps.append(i)
             elif kind not in PLAIN:
                 first = a[0] if kind is list and a else a
                 if hasattr(first, "dtype") and (type(first) is not array or first.dtype != float32):
-                    return REFERENCE[name](*args)
+                    return elsewhere(args)
         return function(on, *(on.xp.ascontiguousarray(a) if i in gaps else a for i, a in enumerate(args)))
+
+    def elsewhere(args: Any) -> Any:
+        """CuPy's arrays go to the GPU's kernels; what these cannot take, and all other arrays, to the reference."""
+        of_gpu = array_module(*(a[0] if type(a) is list and a else a for a in args)) is not np
+        other = MODULES.get("cuda") if of_gpu and on.xp is np else None
+        return getattr(other, name, REFERENCE[name])(*args)
 
     return call
 

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator, NullFormatter
 
@@ -310,6 +311,58 @@ def bars(
         axes.set_xscale("log")
     if n > 1 or ceiling:
         figure.legend(loc="outside lower center", ncols=2, fontsize=TEXT, frameon=False)
+    if title:
+        axes.set_title(title, loc="left", fontsize=TITLE, color=INK, parse_math=False)
+    return figure
+
+
+def memory_accesses(
+    records: Sequence[tuple[int, int, int]], width: int, shared: bool, request: int = 0, title: str | None = None
+) -> Chart:
+    """What the 32 threads of a warp touch at once: a square for each 4-byte word, with the thread's number in its warp.
+
+    records: (request, thread, offset in bytes), as the emulator's `access_records` gives them; `width`: bytes a thread.
+    A row is 128 bytes in a line: for shared memory the 32 banks, of which each serves one row at a time; for global
+    memory four sectors of 32 bytes, each of which is fetched whole. Rows that nobody touches are left out. Raises
+    ValueError if there is no such request.
+    """
+    first = min((thread for r, thread, _ in records if r == request), default=0) // 32 * 32  # of one warp
+    touched = [(t - first, o) for r, t, o in records if r == request and first <= t < first + 32]
+    if not touched:
+        raise ValueError(f"no record of request {request}")
+    words: dict[int, list[int]] = {}
+    for thread, offset in touched:
+        for word in range(offset // 4, (offset + width - 1) // 4 + 1):
+            words.setdefault(word, []).append(thread)
+    rows = sorted({word // 32 for word in words})
+    most = max(sum(word % 32 == bank for word in words) for bank in range(32))
+    sectors, fewest = len({word // 8 for word in words}), math.ceil(len(words) / 8)
+    cost = (
+        f"{most} passes over the banks, at least {math.ceil(len(words) / 32)}"
+        if shared
+        else f"{sectors} sectors of 32 bytes, at least {fewest}"
+    )
+    height = _whole_pixels(1.05 + 0.24 * len(rows))
+    figure = Chart(8.0, height, f"{title or 'One request of a warp'}: {cost}.", layout="constrained")
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        for x in range(32):
+            threads = words.get(32 * row + x, [])
+            colour = "white" if not threads else COLOURS[0] if len(set(threads)) == 1 else COLOURS[1]
+            axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor=FAINT, lw=0.6))
+            label = str(threads[0]) if len(set(threads)) == 1 else f"{len(set(threads))}x" if threads else ""
+            axes.text(x + 0.5, y + 0.5, label, ha="center", va="center", fontsize=TEXT - 2.5, color="white")
+    if not shared:
+        for x in range(0, 33, 8):
+            axes.plot([x, x], [0, len(rows)], color=INK, lw=1.2)
+    axes.set(xlim=(-0.1, 32.1), ylim=(len(rows) + 0.05, -0.05))
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], [f"{128 * row}" for row in rows], fontsize=TEXT - 1)
+    ticks = range(32) if shared else range(0, 32, 8)
+    axes.set_xticks([x + (0.5 if shared else 0) for x in ticks], [str(x if shared else 4 * x) for x in ticks])
+    axes.tick_params(length=0, labelsize=TEXT - 1, colors=GREY, labelcolor=INK)
+    axes.set_ylabel("byte", fontsize=TEXT, color=INK)
+    axes.set_xlabel(f"{'bank' if shared else 'byte within the line'}: {cost}", fontsize=TEXT + 1, color=INK)
     if title:
         axes.set_title(title, loc="left", fontsize=TITLE, color=INK, parse_math=False)
     return figure

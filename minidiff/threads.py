@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from minidiff.backend import active_kernels
 from minidiff.errors import UserError
@@ -66,7 +65,9 @@ def num_workers(xp: ModuleType = np) -> int:
 
 
 @cache
-def _blas() -> ThreadpoolController:
+def _blas() -> Any:
+    from threadpoolctl import ThreadpoolController  # where whole passes share the cores, which is on NumPy alone
+
     return ThreadpoolController()
 
 

@@ -1,17 +1,50 @@
 """What the tests share: the tolerances, the comparison, and everything that must hold for an op."""
 
+import contextlib
 import importlib
 
 import numpy as np
 import pytest
 
 from minidiff import Tensor, kernels
+from minidiff.backend import device_module, missing, to_numpy
 from minidiff.gradcheck import gradcheck
 
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 5e-3}
 """The largest error by the precision of the computation, relative to the reference's largest magnitude."""
 
+COARSER = {"fp32": 1, "tf32": 100, "bf16": 1000}
+"""How much coarser a result in float32 may be whose products had factors rounded to this."""
+
+_computing = ("reference", "fp32")
 skipping_allowed = True  # --require-torch makes it False, in conftest.py
+
+
+def no_gpu():
+    """Why there is no GPU to test on; None where there is one."""
+    if "cuda" in missing:
+        return f"the kernels for a GPU are not here: {missing['cuda']}"
+    try:
+        device_module("cuda")
+    except ValueError as e:
+        return str(e)
+    return None
+
+
+@contextlib.contextmanager
+def computing(kind, operands):
+    """Inside this block tests compute with this kind of kernels, whose products have such factors."""
+    global _computing
+    before, _computing = _computing, (kind, operands)
+    try:
+        yield
+    finally:
+        _computing = before
+
+
+def placed(array):
+    """The array where the kernels in use take it."""
+    return device_module("cuda").asarray(array) if _computing[0] == "cuda" else array
 
 
 def assert_close(actual, reference, dtype=None, condition=1.0, scale=0.0, name="result"):
@@ -21,8 +54,9 @@ def assert_close(actual, reference, dtype=None, condition=1.0, scale=0.0, name="
     condition: by how much the computation magnifies the rounding of its inputs; the tolerance grows with it.
     scale: the size of the terms, where they cancel in the reference: it keeps their rounding.
     """
-    actual, reference = np.asarray(actual), np.asarray(reference)
-    tolerance = condition * TOLERANCES[str(np.dtype(dtype or actual.dtype))]
+    actual, reference = to_numpy(actual), to_numpy(reference)
+    precision = str(np.dtype(dtype or actual.dtype))
+    tolerance = condition * TOLERANCES[precision] * (COARSER[_computing[1]] if precision == "float32" else 1)
     assert actual.shape == reference.shape, f"{name}: shape {actual.shape}, wanted {reference.shape}"
     assert np.isfinite(reference).all(), f"{name}: the reference is not finite"
     assert np.isfinite(actual).all(), f"{name}: {(~np.isfinite(actual)).sum()} elements are not finite"
@@ -38,10 +72,10 @@ def assert_close(actual, reference, dtype=None, condition=1.0, scale=0.0, name="
 def forward_backward(fn, arrays, dy=None, needed=None):
     """The result of `fn` on Tensors of the arrays, and their gradients (None where `needed` is false)."""
     needed = needed or [True] * len(arrays)
-    leaves = [Tensor(a, requires_grad=n) for a, n in zip(arrays, needed, strict=True)]
+    leaves = [Tensor(placed(a), requires_grad=n) for a, n in zip(arrays, needed, strict=True)]
     y = fn(*leaves)
-    y.backward(cotangent(y.shape, y.dtype) if dy is None else dy)
-    return y.data, [leaf.grad for leaf in leaves]
+    y.backward(placed(cotangent(y.shape, y.dtype) if dy is None else dy))
+    return to_numpy(y.data), [None if leaf.grad is None else to_numpy(leaf.grad) for leaf in leaves]
 
 
 def check_op(fn, formula, *arrays, condition=1.0, dtypes=("float32", "float16")):
@@ -73,7 +107,7 @@ def _check_precision(fn, formula, arrays, condition):
     assert [y.dtype, *(g.dtype for g in grads)] == [dtype] * (1 + len(grads)), "the dtype was not kept"
 
     y_strided, grads_strided = forward_backward(fn, [strided(a) for a in arrays], strided(dy))
-    y_plain = fn(*map(Tensor, arrays)).data  # where nothing needs a gradient an op may do more at once
+    y_plain = fn(*(Tensor(placed(a)) for a in arrays)).data  # where nothing needs a gradient an op may do more at once
     for result in (y, y_strided, y_plain):
         assert_close(result, values, condition=condition)
     scale = max(np.abs(g).max(initial=0) for g in wanted)

@@ -63,6 +63,8 @@ FIGURES = {
     "shares": lambda: plotting.stacked_shares(
         {"one\nstep": {"conv": 400.0, "linear": 210, "rest": 2}, "two": {"linear": 600.0, "norm": 90}}, "ms", "Where"
     ),
+    "coalesced": lambda: plotting.memory_accesses([(0, t, 4 * t) for t in range(64)], 4, False, title="coalesced"),
+    "conflicts": lambda: plotting.memory_accesses([(0, t, 128 * t) for t in range(32)], 4, True, title="a column"),
     "lines": lambda: plotting.line_plot({f"line {i}": ([0, 1], [0, 1e-3 * i]) for i in range(9)}, "x", "y"),
 }
 

@@ -1,0 +1,452 @@
+"""Every rung of every CUDA ladder on a GPU, beside PyTorch, and the share of what the device can do.
+
+    python benchmarks/bench_gpu.py [--only conv2d] [--seconds 400]
+    python benchmarks/bench_gpu.py --rehearsal      # tiny arrays on the emulator and PyTorch's CPU: does it work?
+
+Results are compared with float64 first; what is wrong is not timed. Inputs rotate among sets that together have five
+times the size of the L2 cache, so every call finds them cold. Times are CUDA events around one call, median and the
+20th and 80th percentile. Memory-bound ops are given as a share of a measured copy, products as a share of the best
+measured matrix product of their precision. PyTorch runs eagerly in float32 without and with TF32, in bfloat16 (channels
+last), and compiled (default and max-autotune). Writes results/DEVICE/ops.json and ops.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minidiff.backend import MODULES
+
+RESULTS = Path(__file__).parent / "results"
+WRONG = {"fp32": 1e-4, "tf32": 3e-3, "bf16": 2e-2}  # rms error, relative; beyond it a result is wrong
+REPEATS, WARM_UP = 30, 5
+
+
+@dataclass
+class Case:
+    """One op on one shape: ours and PyTorch's as functions of the same tensors."""
+
+    op: str  # as in ops.h
+    ladder: str
+    shape: str
+    inputs: list[tuple[int, ...]]
+    ours: Callable[..., Any]  # (kernels, *arrays) -> array or arrays
+    torchs: Callable[..., Any]  # (*tensors) -> tensor or tensors; also run in float64 as the reference
+    flops: float = 0.0  # of a product; 0: bound by memory
+    numbers: float = 0.0  # read and written, as few as can be, where the op is bound by memory
+    channels_last: tuple[int, ...] = field(default_factory=tuple)  # inputs that are images (B, H, W, C)
+
+
+# ---- cases
+
+
+def cases(small: bool) -> Iterator[Case]:
+    """Shapes of the U-Nets that minidiff trains, large enough to fill a GPU; small: to rehearse."""
+    for B, H, C, N in [(1, 6, 8, 12)] if small else [(32, 32, 128, 128), (16, 64, 192, 192), (64, 16, 512, 512)]:
+        yield from convolution(B, H, C, N, 1)
+    yield from convolution(*((1, 6, 8, 8, 2) if small else (32, 64, 128, 128, 2)))
+    for M, K, N in [(33, 20, 24)] if small else [(16384, 1024, 1024), (65536, 320, 320), (8192, 640, 5120)]:
+        yield linear_forward(M, K, N)
+        yield linear_backward(M, K, N)
+    for B, P, C, G in [(2, 9, 16, 4)] if small else [(32, 4096, 192, 32), (64, 1024, 256, 32), (1, 4096, 320, 32)]:
+        yield group_norm_forward(B, P, C, G)
+        yield group_norm_backward(B, P, C, G)
+    for rows, D in [(7, 24)] if small else [(131072, 320), (16384, 1280)]:
+        yield layer_norm_forward(rows, D)
+        yield layer_norm_backward(rows, D)
+    shapes = [(1, 9, 7, 2, 8)] if small else [(16, 1024, 1024, 8, 64), (32, 4096, 77, 8, 40), (64, 256, 256, 4, 32)]
+    for B, Lq, Lk, heads, d in shapes:
+        yield attention_forward(B, Lq, Lk, heads, d)
+        yield attention_backward(B, Lq, Lk, heads, d)
+    n = 1003 if small else 1 << 26
+    yield Case("silu_forward", "pointwise", f"{n}", [(n,)], lambda k, x: k.silu_forward(x), F.silu, numbers=2 * n)
+    yield Case("accumulate", "add", f"{n}", [(n,)] * 2, lambda k, a, b: k.accumulate(a, b), torch.add, numbers=3 * n)
+    yield Case("mse_forward", "mse", f"{n}", [(n,)] * 2, lambda k, a, b: k.mse_forward(a, b), F.mse_loss, numbers=2 * n)
+
+
+def convolution(B: int, H: int, C: int, N: int, stride: int) -> Iterator[Case]:
+    """A 3x3 convolution, forward and backward."""
+    shape, sides, out = f"{B}x {H}x{H}, {C} -> {N}, stride {stride}", ((1, 1), (1, 1)), (H - 1) // stride + 1
+    flops = 2.0 * B * out * out * 9 * C * N
+
+    def torchs(x: Any, w: Any) -> Any:
+        return F.conv2d(x.permute(0, 3, 1, 2), w.permute(3, 2, 0, 1), None, stride, 1).permute(0, 2, 3, 1)
+
+    def backward(x: Any, w: Any, dy: Any) -> Any:
+        return torch.ops.aten.convolution_backward(
+            dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), w.permute(3, 2, 0, 1), None, [stride] * 2, [1, 1], [1, 1],
+            False, [0, 0], 1, [True, True, False],
+        )  # fmt: skip
+
+    def both(x: Any, w: Any, dy: Any) -> Any:
+        dx, dw, _ = backward(x, w, dy)
+        return dx.permute(0, 2, 3, 1), dw.permute(2, 3, 1, 0)
+
+    def ours_backward(k: Any, x: Any, w: Any, dy: Any) -> Any:
+        dx, _, dw, _ = k.conv2d_backward(dy, x, w, stride, sides)
+        return dx, dw
+
+    arrays = [(B, H, H, C), (3, 3, C, N), (B, out, out, N)]
+    yield Case(
+        "conv2d_forward", "conv2d", shape, arrays[:2], lambda k, x, w: k.conv2d_forward(x, w, None, stride, sides),
+        torchs, flops,
+    )  # fmt: skip
+    yield Case("conv2d_backward", "conv2d", shape, arrays, ours_backward, both, 2 * flops)
+
+
+def linear_forward(M: int, K: int, N: int) -> Case:
+    """x W."""
+    ours = lambda k, x, w: k.linear_forward(x, w, None)[0]  # noqa: E731
+    return Case(
+        "linear_forward", "linear", f"({M}, {K}) ({K}, {N})", [(M, K), (K, N)], ours, torch.matmul, 2.0 * M * K * N
+    )
+
+
+def linear_backward(M: int, K: int, N: int) -> Case:
+    """dy W^T and x^T dy."""
+    ours = lambda k, x, w, dy: k.linear_backward(dy, x, w, True)  # noqa: E731
+    torchs = lambda x, w, dy: (dy @ w.T, x.T @ dy, dy.sum(0))  # noqa: E731
+    return Case(
+        "linear_backward", "linear", f"({M}, {K}) ({K}, {N})", [(M, K), (K, N), (M, N)], ours, torchs, 4.0 * M * K * N
+    )
+
+
+def _normalised(x: Any, groups: int) -> Any:
+    return F.group_norm(x.permute(0, 2, 1), groups).permute(0, 2, 1)
+
+
+def group_norm_forward(B: int, P: int, C: int, G: int) -> Case:
+    """GroupNorm + SiLU of (B, P, C)."""
+    ours = lambda k, x, gain, offset: k.group_norm_forward(x, gain, offset, G, 1e-5, True)[0]  # noqa: E731
+    torchs = lambda x, gain, offset: F.silu(_normalised(x, G) * gain + offset)  # noqa: E731
+    return Case(
+        "group_norm_forward", "group_norm", f"{B}x {P}, {C} in {G}", [(B, P, C), (1, C), (1, C)], ours, torchs,
+        numbers=2 * B * P * C,
+    )  # fmt: skip
+
+
+def group_norm_backward(B: int, P: int, C: int, G: int) -> Case:
+    """The gradients of x, gain and offset, one an image."""
+
+    def ours(k: Any, x: Any, gain: Any, offset: Any, dy: Any, mean: Any = None, rstd: Any = None) -> Any:
+        _, mean, rstd = k.group_norm_forward(x, gain, offset, G, 1e-5, True)
+        dx, _, dgain, doffset = k.group_norm_backward(dy, x, gain, offset, mean, rstd, G, True)
+        return dx, dgain, doffset
+
+    def torchs(x: Any, gain: Any, offset: Any, dy: Any) -> Any:
+        each = gain.expand(B, C), offset.expand(B, C)
+        with torch.enable_grad():
+            leaves = [a.detach().clone().requires_grad_() for a in (x, *each)]
+            y = F.silu(_normalised(leaves[0], G) * leaves[1][:, None] + leaves[2][:, None])
+        return torch.autograd.grad(y, leaves, dy)
+
+    return Case(
+        "group_norm forward + backward", "group_norm", f"{B}x {P}, {C} in {G}",
+        [(B, P, C), (1, C), (1, C), (B, P, C)], ours, torchs, numbers=5 * B * P * C,
+    )  # fmt: skip
+
+
+def layer_norm_forward(rows: int, D: int) -> Case:
+    """LayerNorm of (rows, D)."""
+    ours = lambda k, x, g, b: k.layer_norm_forward(x, g, b, 1e-5)[0]  # noqa: E731
+    torchs = lambda x, g, b: F.layer_norm(x, (D,), g, b)  # noqa: E731
+    return Case("layer_norm_forward", "layer_norm", f"({rows}, {D})", [(rows, D), (D,), (D,)], ours, torchs,
+                numbers=2 * rows * D)  # fmt: skip
+
+
+def layer_norm_backward(rows: int, D: int) -> Case:
+    """All its gradients."""
+
+    def ours(k: Any, x: Any, g: Any, b: Any, dy: Any) -> Any:
+        _, mean, rstd = k.layer_norm_forward(x, g, b, 1e-5)
+        return k.layer_norm_backward(dy, x, g, mean, rstd)
+
+    def torchs(x: Any, g: Any, b: Any, dy: Any) -> Any:
+        with torch.enable_grad():
+            leaves = [a.detach().clone().requires_grad_() for a in (x, g, b)]
+            y = F.layer_norm(leaves[0], (D,), leaves[1], leaves[2])
+        return torch.autograd.grad(y, leaves, dy)
+
+    inputs = [(rows, D), (D,), (D,), (rows, D)]
+    return Case(
+        "layer_norm forward + backward", "layer_norm", f"({rows}, {D})", inputs, ours, torchs, numbers=5 * rows * D
+    )
+
+
+def _heads(a: Any, heads: int) -> Any:
+    B, L, D = a.shape
+    return a.view(B, L, heads, D // heads).transpose(1, 2)
+
+
+def attention_forward(B: int, Lq: int, Lk: int, heads: int, d: int) -> Case:
+    """softmax(q k^T / sqrt(d)) v."""
+    D = heads * d
+    ours = lambda k, q, kk, v: k.attention_forward(q, kk, v, heads, d**-0.5, None, False, False)[0]  # noqa: E731
+
+    def torchs(q: Any, k: Any, v: Any) -> Any:
+        y = F.scaled_dot_product_attention(*(_heads(a, heads) for a in (q, k, v)))
+        return y.transpose(1, 2).reshape(B, Lq, D)
+
+    shape = f"{B}x {heads} heads of {d}, {Lq} to {Lk}"
+    return Case("attention_forward", "attention", shape, [(B, Lq, D), (B, Lk, D), (B, Lk, D)], ours, torchs,
+                4.0 * B * Lq * Lk * D)  # fmt: skip
+
+
+def attention_backward(B: int, Lq: int, Lk: int, heads: int, d: int) -> Case:
+    """Forward, and the gradients of q, k and v."""
+    forward = attention_forward(B, Lq, Lk, heads, d)
+
+    def ours(on: Any, q: Any, k: Any, v: Any, dy: Any) -> Any:
+        y, lse = on.attention_forward(q, k, v, heads, d**-0.5, None, False, True)
+        return on.attention_backward(dy, y, lse, q, k, v, heads, d**-0.5, None, False)[:3]
+
+    def torchs(q: Any, k: Any, v: Any, dy: Any) -> Any:
+        with torch.enable_grad():
+            leaves = [a.detach().clone().requires_grad_() for a in (q, k, v)]
+            y = forward.torchs(*leaves)
+        return torch.autograd.grad(y, leaves, dy)
+
+    inputs = [*forward.inputs, forward.inputs[0]]
+    return Case("attention forward + backward", "attention", forward.shape, inputs, ours, torchs, 3.5 * forward.flops)
+
+
+# ---- the machine
+
+
+class Gpu:
+    """CuPy and PyTorch on one GPU, sharing memory and the stream."""
+
+    kind = "cuda"
+
+    def __init__(self) -> None:
+        import cupy
+
+        self.cupy = cupy
+        properties = cupy.cuda.runtime.getDeviceProperties(0)
+        self.name = properties["name"].decode()
+        self.l2 = properties["l2CacheSize"]
+        self.device = "cuda"
+
+    def ours(self, tensor: Any) -> Any:
+        """The same memory as CuPy's."""
+        return self.cupy.asarray(tensor)
+
+    def time(self, calls: list[Callable[[], Any]], repeats: int) -> list[float]:
+        """Milliseconds of each of `repeats` calls, taken in turn from the list."""
+        with self.cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+            for i in range(WARM_UP):
+                calls[i % len(calls)]()
+            events = [
+                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
+            ]
+            for i, (start, end) in enumerate(events):
+                start.record()
+                calls[i % len(calls)]()
+                end.record()
+            torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+
+class Rehearsal:
+    """The emulator and PyTorch on the CPU: every line of this file runs, no number means anything."""
+
+    kind, name, l2, device = "emulated", "rehearsal", 4096, "cpu"
+
+    def ours(self, tensor: Any) -> Any:
+        """The same memory as NumPy's."""
+        return tensor.numpy()
+
+    def time(self, calls: list[Callable[[], Any]], repeats: int) -> list[float]:
+        """Milliseconds of a few calls."""
+        times = []
+        for i in range(2):
+            started = time.perf_counter()
+            calls[i % len(calls)]()
+            times.append(1000 * (time.perf_counter() - started))
+        return times
+
+
+def ceilings(machine: Any, small: bool) -> dict[str, float]:
+    """Bytes a second of a large copy (read and written), and operations a second of square products by precision."""
+    n = 1 << 12 if small else 1 << 28
+    a, b = (torch.empty(n, dtype=torch.float32, device=machine.device) for _ in range(2))
+    found = {"copy": 8 * n / (1e-3 * min(machine.time([lambda: b.copy_(a)], 20)))}
+    side = 64 if small else 8192
+    for name, dtype, tf32 in (
+        ("fp32", torch.float32, False),
+        ("tf32", torch.float32, True),
+        ("bf16", torch.bfloat16, False),
+    ):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        x, y = (torch.randn(side, side, device=machine.device).to(dtype) for _ in range(2))
+        best = min(machine.time([lambda x=x, y=y: x @ y], 20))
+        found[name] = 2.0 * side**3 / (1e-3 * best)
+    return found
+
+
+# ---- one case
+
+
+def measure(case: Case, machine: Any, limits: dict[str, float], compiled: bool) -> list[dict[str, Any]]:
+    """A row for each rung and each way of PyTorch."""
+    floats = sum(math.prod(shape) for shape in case.inputs)
+    sets = max(2, math.ceil(5 * machine.l2 / (4 * floats)) + 1)
+    torch.manual_seed(0)
+    tensors = [[torch.randn(s, device=machine.device) for s in case.inputs] for _ in range(sets)]
+    with torch.no_grad():
+        exact = flat(case.torchs(*(t.double() for t in tensors[0])))
+    kernels = MODULES[machine.kind]
+    arrays = [[machine.ours(t) for t in one] for one in tensors]
+    rows = []
+    ladders = {n: r for n, r in kernels.module.ladders().items() if n.startswith(case.ladder)}
+    for rung in range(1, max(map(len, ladders.values())) + 1):
+        names = {r[min(rung, len(r)) - 1][0]: r[min(rung, len(r)) - 1][3] for r in ladders.values()}
+        for name, rungs in ladders.items():
+            kernels.module.choose(name, min(rung, len(rungs)))
+        calls = [lambda a=a: case.ours(kernels, *a) for a in arrays]
+        operands = max(names.values(), key=list(WRONG).index)
+        rows.append(row(case, machine, limits, f"{rung} {next(iter(names))}", operands, calls, exact))
+    for name in ladders:
+        kernels.module.choose(name, 0)
+    for way, operands, calls in rivals(case, tensors, compiled):
+        rows.append(row(case, machine, limits, way, operands, calls, exact))
+    return rows
+
+
+def rivals(case: Case, tensors: list[list[Any]], compiled: bool) -> Iterator[tuple[str, str, list[Callable[[], Any]]]]:
+    """PyTorch's ways."""
+
+    def calls(function: Callable[..., Any], sets: list[list[Any]]) -> list[Callable[[], Any]]:
+        def call(one: list[Any]) -> Any:
+            with torch.no_grad():
+                return function(*one)
+
+        return [lambda one=one: call(one) for one in sets]
+
+    halves = [[t.bfloat16() for t in one] for one in tensors]
+    for way, tf32, sets in (("eager", False, tensors), ("eager TF32", True, tensors), ("eager bf16", False, halves)):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = True
+        yield f"PyTorch {way}", {"eager": "fp32", "eager TF32": "tf32"}.get(way, "bf16"), calls(case.torchs, sets)
+        if compiled:
+            for mode in ("default", "max-autotune-no-cudagraphs"):
+                fast = torch.compile(case.torchs, mode=mode)
+                yield (
+                    f"PyTorch {way.replace('eager', 'compiled')} {mode}",
+                    "bf16" if "bf16" in way else "fp32",
+                    calls(fast, sets),
+                )
+
+
+def row(
+    case: Case,
+    machine: Any,
+    limits: dict[str, float],
+    way: str,
+    operands: str,
+    calls: list[Any],
+    exact: list[np.ndarray],
+) -> dict[str, Any]:
+    """Error first; then the times, if it is right."""
+    result: dict[str, Any] = {"op": case.op, "shape": case.shape, "way": way, "operands": operands}
+    try:
+        result["error"] = max(error(got, want) for got, want in zip(flat(calls[0]()), exact, strict=True))
+        if not result["error"] <= WRONG[operands]:
+            return {**result, "wrong": True}
+        times = np.array(machine.time(calls, REPEATS))
+    except Exception as e:  # one way that fails does not end the others
+        return {**result, "failed": f"{type(e).__name__}: {e}"[:300]}
+    result |= dict(zip(("ms", "p20", "p80"), np.percentile(times, (50, 20, 80)).tolist(), strict=True))
+    if case.flops:
+        result["tflops"] = case.flops / result["ms"] * 1e-9
+        result["share"] = case.flops / (1e-3 * result["ms"]) / limits[operands]
+    else:
+        size = 2 if way.startswith("PyTorch") and "bf16" in way else 4
+        result["gbs"] = size * case.numbers / result["ms"] * 1e-6
+        result["share"] = size * case.numbers / (1e-3 * result["ms"]) / limits["copy"]
+    return result
+
+
+def flat(results: Any) -> list[np.ndarray]:
+    """Results as NumPy arrays in float64."""
+    results = results if isinstance(results, tuple | list) else (results,)
+    arrays = [r.detach().double().cpu().numpy() if torch.is_tensor(r) else r for r in results]
+    return [np.asarray(a.get() if hasattr(a, "get") else a, np.float64) for a in arrays]
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    """Root mean square of the difference, relative; a gradient that the other keeps an image is summed."""
+    if got.shape != want.shape:
+        got = got.reshape(-1, *want.shape).sum(0) if got.size > want.size else got.reshape(want.shape)
+    return float(np.sqrt(np.mean((got - want) ** 2)) / max(np.sqrt(np.mean(want**2)), 1e-30))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line a way, with its speed against the best of PyTorch in the same precision."""
+    lines = ["| op | shape | way | ms (p20-p80) | share of the ceiling | PyTorch's best / this | error |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for r in rows:
+        if "ms" not in r:
+            lines.append(f"| {r['op']} | {r['shape']} | {r['way']} | {'wrong' if r.get('wrong') else 'failed'} | | | |")
+            continue
+        same = [s["ms"] for s in rows if "ms" in s and s["way"].startswith("PyTorch")
+                and (s["op"], s["shape"], s["operands"]) == (r["op"], r["shape"], r["operands"])]  # fmt: skip
+        ratio = f"{min(same) / r['ms']:.2f}" if same else ""
+        lines.append(
+            f"| {r['op']} | {r['shape']} | {r['way']} | {r['ms']:.3g} ({r['p20']:.3g}-{r['p80']:.3g}) | "
+            f"{r['share']:.0%} | {ratio} | {r['error']:.1e} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="ops whose name begins so")
+    parser.add_argument("--seconds", type=float, default=400, help="begin no case after so many seconds")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes the most time")
+    parser.add_argument("--rehearsal", action="store_true", help="tiny arrays on the emulator")
+    args = parser.parse_args()
+    machine = Rehearsal() if args.rehearsal else Gpu()
+    started = time.time()
+    limits = ceilings(machine, args.rehearsal)
+    print({name: f"{value:.3g}" for name, value in limits.items()}, flush=True)
+    rows, left_out = [], []
+    for case in cases(args.rehearsal):
+        if not case.op.startswith(args.only):
+            continue
+        if time.time() - started > args.seconds:
+            left_out.append(f"{case.op} {case.shape}")
+            continue
+        rows += measure(case, machine, limits, not (args.no_compile or args.rehearsal))
+        print(case.op, case.shape, f"{time.time() - started:.0f} s", flush=True)
+    if not args.rehearsal:
+        folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", machine.name.lower()).strip("-")
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {
+            "device": machine.name,
+            "torch": torch.__version__,
+            "ceilings": limits,
+            "left_out": left_out,
+            "rows": rows,
+        }
+        (folder / "ops.json").write_text(json.dumps(about, indent=1) + "\n")
+        (folder / "ops.md").write_text(table(rows))
+    print(table(rows))
+    broken = [r for r in rows if "ms" not in r and not r["way"].startswith("PyTorch")]
+    if broken:
+        raise SystemExit(f"bench_gpu.py: {len(broken)} rungs are wrong or fail: {broken[:3]}")
+
+
+if __name__ == "__main__":
+    main()
