@@ -47,7 +47,7 @@ const Kernels* minidiff::kernels_in_use() { return in_use; }
 int minidiff::ordinal_in_use() { return 0; }
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "Kernels in C++ for the CPU; minidiff/cpu.py calls them. csrc/ops.h says what each does.";
+  m.doc() = "Kernels in C++ for the CPU; minidiff/compiled.py calls them. csrc/ops.h says what each does.";
   use_isa([] {
     for (const Isa& isa : isas())
       if (isa.supported) return std::string(isa.name);
