@@ -62,7 +62,7 @@ gpu-build:
 gpu-test: gpu-build  ## test the CUDA kernels on a GPU, then memcheck and racecheck on small shapes
 	$(PYTHON) -m pytest --require-gpu $(GPU_TESTS) -k cuda
 	for tool in memcheck racecheck; do $(SANITIZE) --tool $$tool $(PYTHON) -m pytest --require-gpu \
-		tests/test_conv2d.py tests/test_linear.py tests/test_groupnorm.py tests/test_attention.py -k "cuda and small" || exit 1; done
+		$(addprefix tests/test_,attention.py conv2d.py groupnorm.py layernorm.py linear.py) -k cuda || exit 1; done
 
 gpu-bench: gpu-build  ## measure the CUDA kernels beside PyTorch: benchmarks/results/DEVICE/
 	$(PYTHON) benchmarks/bench_gpu.py
