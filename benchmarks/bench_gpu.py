@@ -18,7 +18,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ class Case:
     torchs: Callable[..., Any]  # (*tensors) -> tensor or tensors; also run in float64 as the reference
     flops: float = 0.0  # of a product; 0: bound by memory
     numbers: float = 0.0  # read and written, as few as can be, where the op is bound by memory
-    channels_last: tuple[int, ...] = field(default_factory=tuple)  # inputs that are images (B, H, W, C)
 
 
 # ---- cases
@@ -139,7 +138,7 @@ def group_norm_forward(B: int, P: int, C: int, G: int) -> Case:
 def group_norm_backward(B: int, P: int, C: int, G: int) -> Case:
     """The gradients of x, gain and offset, one an image."""
 
-    def ours(k: Any, x: Any, gain: Any, offset: Any, dy: Any, mean: Any = None, rstd: Any = None) -> Any:
+    def ours(k: Any, x: Any, gain: Any, offset: Any, dy: Any) -> Any:
         _, mean, rstd = k.group_norm_forward(x, gain, offset, G, 1e-5, True)
         dx, _, dgain, doffset = k.group_norm_backward(dy, x, gain, offset, mean, rstd, G, True)
         return dx, dgain, doffset
@@ -335,18 +334,14 @@ def rivals(case: Case, tensors: list[list[Any]], compiled: bool) -> Iterator[tup
         return [lambda one=one: call(one) for one in sets]
 
     halves = [[t.bfloat16() for t in one] for one in tensors]
-    for way, tf32, sets in (("eager", False, tensors), ("eager TF32", True, tensors), ("eager bf16", False, halves)):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    for operands, sets in (("fp32", tensors), ("tf32", tensors), ("bf16", halves)):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = operands == "tf32"
         torch.backends.cudnn.benchmark = True
-        yield f"PyTorch {way}", {"eager": "fp32", "eager TF32": "tf32"}.get(way, "bf16"), calls(case.torchs, sets)
+        yield f"PyTorch eager {operands}", operands, calls(case.torchs, sets)
         if compiled:
             for mode in ("default", "max-autotune-no-cudagraphs"):
                 fast = torch.compile(case.torchs, mode=mode)
-                yield (
-                    f"PyTorch {way.replace('eager', 'compiled')} {mode}",
-                    "bf16" if "bf16" in way else "fp32",
-                    calls(fast, sets),
-                )
+                yield f"PyTorch compiled {operands} {mode}", operands, calls(fast, sets)
 
 
 def row(

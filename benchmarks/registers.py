@@ -61,8 +61,19 @@ def demangled(names: list[str]) -> list[str]:
         return []
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     return [
-        re.sub(r"\(anonymous namespace\)::|minidiff::cuda::|^void ", "", n).split("(")[0] for n in text.splitlines()
+        re.sub(r"\(anonymous namespace\)::|minidiff::cuda::|^void ", "", without_arguments(n))
+        for n in text.splitlines()
     ]
+
+
+def without_arguments(name: str) -> str:
+    """What stands before the last pair of brackets: brackets before them belong to template arguments."""
+    depth = 0
+    for i in range(len(name) - 1, -1, -1):
+        depth += (name[i] == ")") - (name[i] == "(")
+        if depth == 0:
+            return name[:i]
+    return name
 
 
 if __name__ == "__main__":

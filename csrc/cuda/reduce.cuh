@@ -8,7 +8,8 @@ namespace {
 
 // In every lane the sum over the warp: after step d each lane holds the sum of the 32 / d lanes it has heard of.
 template <class T>
-__device__ T warp_sum(T v) {
+__device__ __forceinline__ T warp_sum(T v) {
+#pragma unroll
   for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
   return v;
 }

@@ -1,7 +1,8 @@
-// What the normalisations share: loads of one or four floats, and sums over the threads of a warp and of a block.
+// What the normalisations share: loads of one or four floats, and several sums at once over the threads of a block.
 #pragma once
 
 #include "ptx.h"
+#include "reduce.cuh"
 
 namespace minidiff::cuda {
 namespace {
@@ -31,13 +32,6 @@ __device__ __forceinline__ void store_streaming(float* to, const float (&from)[V
     store_once(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
   else
     store_once(to, from[0]);
-}
-
-// Each lane gets the sum over the warp's 32 lanes.
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(~0u, v, step);
-  return v;
 }
 
 // Each thread gets the K sums over the block's threads, which are a multiple of 32; shared: K floats a warp.
