@@ -93,6 +93,8 @@ void bind_ops(pybind11::module_& m, const Kernels& k) {
   OP(descend, descend);
   OP(orthogonalise, orthogonalise);
   OP(reverse_step, reverse_step);
+  OP(reverse_step_drawn, reverse_step_drawn);
+  OP(q_sample_drawn, q_sample_drawn);
   OP(normal, normal);
 #undef OP
 }

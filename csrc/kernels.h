@@ -98,6 +98,23 @@ struct ReverseStep {
   float w = 1, signal = 1, noise = 0, clip = 0, of_x0 = 0, of_eps = 0, of_z = 0;  // clip 0: none
 };
 
+// Which normal numbers: those of `count` samples with these numbers (in the computer's memory); see minidiff/random.py.
+struct Draws {
+  const int64_t* samples = nullptr;
+  long count = 0;
+  uint64_t seed = 0;
+  uint32_t step = 0, purpose = 0;
+};
+
+// x_t = signal x0 + noise eps; target, if wanted: eps, or v = signal eps - noise x0. x0, x_t, target (count, elements);
+// signal and noise (count,)
+struct QSample {
+  long elements = 0;
+  float *x_t = nullptr, *target = nullptr;
+  const float *x0 = nullptr, *signal = nullptr, *noise = nullptr;
+  bool of_v = false;
+};
+
 // What a module computes with: one entry an op of ops.h, whose arguments ops.cpp has checked. A null entry: this module lacks
 // the op, and Python never sees it.
 struct Kernels {
@@ -137,10 +154,10 @@ struct Kernels {
   void (*orthogonalise)(const Orthogonal*, int count);
 
   void (*reverse_step)(const ReverseStep&);
+  void (*reverse_step_drawn)(const ReverseStep&, const Draws&);  // its arrays (count, n / count), z drawn
+  void (*q_sample_drawn)(const QSample&, const Draws&);
 
-  // out (count, elements): standard normal numbers of the samples with these numbers
-  void (*normal)(float* out, const int64_t* samples, long count, long elements, uint64_t seed, uint32_t step,
-                 uint32_t purpose);
+  void (*normal)(float* out, const Draws&, long elements);  // out (count, elements)
 
   double (*peak)(long repeats);  // multiply-adds in registers: operations done
 };

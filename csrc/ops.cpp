@@ -352,23 +352,57 @@ void orthogonalise(std::vector<View> x, std::vector<View> g) {
   kernels_in_use()->orthogonalise(list.data(), (int)list.size());
 }
 
+static ReverseStep step_of(const Check& check, const std::vector<int64_t>& shape, const View& x_prev, const View& x0,
+                           const View& eps, const View& x_t, const View& eps_cond, const View& eps_uncond) {
+  ReverseStep s;
+  s.x_t = check.in(x_t, "x_t", shape), s.n = x_t.size();
+  s.x_prev = check.out(x_prev, "x_prev", x_t.shape), s.x0 = check.out(x0, "x0", x_t.shape);
+  s.eps = check.out(eps, "eps", x_t.shape), s.eps_cond = check.in(eps_cond, "eps_cond", x_t.shape);
+  s.eps_uncond = check.maybe(eps_uncond, "eps_uncond", x_t.shape);
+  return s;
+}
+static void set(ReverseStep& s, double w, double signal, double noise, double clip, double of_x0, double of_eps, double of_z) {
+  s.w = (float)w, s.signal = (float)signal, s.noise = (float)noise, s.clip = (float)clip;
+  s.of_x0 = (float)of_x0, s.of_eps = (float)of_eps, s.of_z = (float)of_z;
+}
+static Draws draws(uint64_t seed, const std::vector<int64_t>& samples, uint32_t step, uint32_t purpose) {
+  return {samples.data(), (long)samples.size(), seed, step, purpose};
+}
+
 void reverse_step(View x_prev, View x0, View eps, View x_t, View eps_cond, View eps_uncond, View z, double w, double signal,
                   double noise, double clip, double of_x0, double of_eps, double of_z) {
   Check check{"reverse_step"};
-  ReverseStep s;
-  int64_t n = s.n = rows_of(x_t);
-  s.x_prev = check.out(x_prev, "x_prev", {n}), s.x0 = check.out(x0, "x0", {n}), s.eps = check.out(eps, "eps", {n});
-  s.x_t = check.in(x_t, "x_t", {n}), s.eps_cond = check.in(eps_cond, "eps_cond", {n});
-  s.eps_uncond = check.maybe(eps_uncond, "eps_uncond", {n}), s.z = check.maybe(z, "z", {n});
-  s.w = (float)w, s.signal = (float)signal, s.noise = (float)noise, s.clip = (float)clip;
-  s.of_x0 = (float)of_x0, s.of_eps = (float)of_eps, s.of_z = (float)of_z;
+  ReverseStep s = step_of(check, {ANY}, x_prev, x0, eps, x_t, eps_cond, eps_uncond);
+  s.z = check.maybe(z, "z", x_t.shape);
+  set(s, w, signal, noise, clip, of_x0, of_eps, of_z);
   kernels_in_use()->reverse_step(s);
 }
+void reverse_step_drawn(View x_prev, View x0, View eps, View x_t, View eps_cond, View eps_uncond, double w, double signal,
+                        double noise, double clip, double of_x0, double of_eps, double of_z, uint64_t seed,
+                        std::vector<int64_t> samples, uint32_t step, uint32_t purpose) {
+  Check check{"reverse_step_drawn"};
+  ReverseStep s = step_of(check, {(int64_t)samples.size(), ANY}, x_prev, x0, eps, x_t, eps_cond, eps_uncond);
+  set(s, w, signal, noise, clip, of_x0, of_eps, of_z);
+  kernels_in_use()->reverse_step_drawn(s, draws(seed, samples, step, purpose));
+}
 
-void normal(View out, std::vector<int64_t> samples, uint64_t seed, uint32_t step, uint32_t purpose) {
+void normal(View out, uint64_t seed, std::vector<int64_t> samples, uint32_t step, uint32_t purpose) {
   Check check{"normal"};
   float* to = check.out(out, "out", {(int64_t)samples.size(), ANY});
-  kernels_in_use()->normal(to, samples.data(), (long)samples.size(), out.shape[1], seed, step, purpose);
+  kernels_in_use()->normal(to, draws(seed, samples, step, purpose), out.shape[1]);
+}
+
+void q_sample_drawn(View x_t, View target, View x0, View signal, View noise, bool of_v, uint64_t seed,
+                    std::vector<int64_t> samples, uint32_t step, uint32_t purpose) {
+  Check check{"q_sample_drawn"};
+  int64_t count = (int64_t)samples.size();
+  QSample q;
+  q.x0 = check.in(x0, "x0", {count, ANY}), q.elements = x0.shape[1];
+  q.x_t = check.out(x_t, "x_t", x0.shape);
+  if (target) q.target = check.out(target, "target", x0.shape);
+  q.signal = check.in(signal, "signal", {count}), q.noise = check.in(noise, "noise", {count});
+  q.of_v = of_v;
+  kernels_in_use()->q_sample_drawn(q, draws(seed, samples, step, purpose));
 }
 
 }  // namespace minidiff

@@ -78,7 +78,16 @@ void orthogonalise(std::vector<View> x, std::vector<View> g);
 void reverse_step(View x_prev, View x0, View eps, View x_t, View eps_cond, View eps_uncond, View z, double w, double signal,
                   double noise, double clip, double of_x0, double of_eps, double of_z);
 
-// out (samples, elements): standard normal numbers, the elements counted in C order; see minidiff/random.py
-void normal(View out, std::vector<int64_t> samples, uint64_t seed, uint32_t step, uint32_t purpose);
+// Standard normal numbers, which samples, seed, step and purpose choose, the elements of a sample counted in C order; see
+// minidiff/random.py. out (samples, elements)
+void normal(View out, uint64_t seed, std::vector<int64_t> samples, uint32_t step, uint32_t purpose);
+// reverse_step with such z, its arrays (samples, elements)
+void reverse_step_drawn(View x_prev, View x0, View eps, View x_t, View eps_cond, View eps_uncond, double w, double signal,
+                        double noise, double clip, double of_x0, double of_eps, double of_z, uint64_t seed,
+                        std::vector<int64_t> samples, uint32_t step, uint32_t purpose);
+// The jump to the noise levels of training and the target, with such eps: x_t = signal x0 + noise eps; target? = eps, or
+// signal eps - noise x0 where it is v. x_t, target, x0 (samples, elements); signal, noise (samples,)
+void q_sample_drawn(View x_t, View target, View x0, View signal, View noise, bool of_v, uint64_t seed,
+                    std::vector<int64_t> samples, uint32_t step, uint32_t purpose);
 
 }  // namespace minidiff

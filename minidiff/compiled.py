@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minidiff.backend import MODULES, REFERENCE, Array, array_module
-from minidiff.random import check_counters
+from minidiff.random import Draw, Purpose, check_counters
 
 F = TypeVar("F", bound=Callable[..., Any])
 CHOOSE = -1  # the convolution's algorithm: by shape (on a CPU 0: direct, 2 and 4: Winograd)
-PLAIN = frozenset((type(None), bool, int, float, str, tuple, np.float32))  # what is no array
+PLAIN = frozenset((type(None), bool, int, float, str, tuple, np.float32, Draw))  # what is no array
 MAX_TAPS = 1024  # of a convolution's kernel, as in csrc/kernels.h
 NEEDS = {  # the kernel of an op's function, where it has another name
     "silu_forward": "pointwise_forward", "silu_backward": "pointwise_backward",
@@ -107,6 +107,16 @@ def _flat(arrays: Sequence[Array]) -> list[Array]:
 def _rows(a: Array, width: int | None = None) -> Array:
     """The array with its leading axes joined."""
     return a.reshape(math.prod(a.shape[:-1]), a.shape[-1] if width is None else width)  # -1 cannot tell 0 rows of 0
+
+
+def _samples(a: Array) -> Array:
+    """The array (B, ...) as a row of numbers a sample."""
+    return a.reshape(len(a), math.prod(a.shape[1:]))
+
+
+def _checked(draw: Draw) -> tuple[int, list[int], int, int]:
+    check_counters(draw.seed, draw.samples, draw.step)
+    return draw.seed, list(draw.samples), draw.step, int(draw.purpose)
 
 
 @_op
@@ -378,10 +388,30 @@ def reverse_step(
 
 
 @_op
+def reverse_step_drawn(
+    on: Compiled,
+    x_t: Array, eps_cond: Array, eps_uncond: Array | None, z: Draw, w: float, signal: float, noise: float,
+    clip: float | None, of_x0: float, of_eps: float, of_z: float,
+) -> Any:  # fmt: skip
+    results = tuple(on.empty(x_t.shape) for _ in range(3))
+    arrays = (None if a is None else _samples(a) for a in (*results, x_t, eps_cond, eps_uncond))
+    on.module.reverse_step_drawn(*arrays, w, signal, noise, clip or 0.0, of_x0, of_eps, of_z, *_checked(z))
+    return results
+
+
+@_op
+def q_sample_drawn(on: Compiled, x0: Array, signal: Array, noise: Array, prediction: str, draw: Draw) -> Any:
+    x_t, target = on.empty(x0.shape), None if prediction == "x0" else on.empty(x0.shape)
+    into = None if target is None else _samples(target)
+    of_v = prediction == "v"
+    on.module.q_sample_drawn(_samples(x_t), into, _samples(x0), signal, noise, of_v, *_checked(draw))
+    return x_t, target
+
+
+@_op
 def normal(
-    on: Compiled, seed: int, samples: Sequence[int], step: int, purpose: int, shape: tuple[int, ...]
+    on: Compiled, seed: int, samples: Sequence[int], step: int, purpose: Purpose, shape: tuple[int, ...]
 ) -> np.ndarray:
-    check_counters(seed, samples, step)
     out = on.empty((len(samples), *shape))
-    on.module.normal(out.reshape(len(samples), math.prod(shape)), list(samples), seed, step, int(purpose))
+    on.module.normal(_samples(out), *_checked(Draw(seed, samples, step, purpose)))
     return out

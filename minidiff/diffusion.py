@@ -1,4 +1,4 @@
-"""The equations of diffusion, each once, in the papers' symbols. They take t and eps as arguments and draw nothing.
+"""The equations of diffusion, each once, in the papers' symbols. They take t and eps as arguments.
 
 Shapes: images x0, x_t and noise eps are (B, H, W, C) or any (B, ...); t is a number in 0..T or an array (B,) of them;
 between the whole numbers lie the levels that `Schedule.alpha_bar_at` interpolates. `t_prev=None` means t - 1; any
@@ -18,6 +18,7 @@ import numpy as np
 
 from minidiff import ops
 from minidiff.backend import Array, array_module, kernel
+from minidiff.random import Draw, normal
 from minidiff.schedule import Schedule, per_sample
 from minidiff.tensor import Tensor, as_array, no_grad
 
@@ -49,6 +50,30 @@ def q_sample(x0: Array, t: Array, eps: Array, schedule: Schedule) -> Array:
 # ---- training
 
 
+def noised(x0: Array, t: Array, eps: Array | Draw, schedule: Schedule, prediction: str) -> tuple[Array, Array]:
+    """What a training step begins with: x_t, and the target that the network is asked for.
+
+    eps: the noise like x0, or which noise is to be drawn.
+    """
+    if not isinstance(eps, Draw):
+        return q_sample(x0, t, eps, schedule), training_target(x0, t, eps, schedule, prediction)
+    xp, alpha_bar = array_module(x0), schedule.alpha_bar_at(t)
+    signal, noise = (xp.asarray(np.sqrt(level).astype(x0.dtype)) for level in (alpha_bar, 1 - alpha_bar))
+    x_t, target = q_sample_drawn(x0, signal, noise, prediction, eps)
+    return x_t, x0 if target is None else target
+
+
+@kernel
+def q_sample_drawn(x0: Array, signal: Array, noise: Array, prediction: str, draw: Draw) -> tuple[Array, Array | None]:
+    """`q_sample` and `training_target` of drawn noise in one pass: (x_t, target), None for the target x0.
+
+    signal = sqrt(alpha_bar_t) and noise = sqrt(1 - alpha_bar_t) are (B,).
+    """
+    eps = array_module(x0).asarray(normal(*draw, x0.shape[1:]))
+    s, n = per_sample(signal, x0), per_sample(noise, x0)
+    return s * x0 + n * eps, {"eps": eps, "v": s * eps - n * x0, "x0": None}[prediction]
+
+
 def training_target(x0: Array, t: Array, eps: Array, schedule: Schedule, prediction: str) -> Array:
     """What the network is asked for: eps, x0, or v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0."""
     if prediction == "eps":
@@ -60,25 +85,11 @@ def training_target(x0: Array, t: Array, eps: Array, schedule: Schedule, predict
     return per_sample(np.sqrt(alpha_bar), x0) * eps - per_sample(np.sqrt(1 - alpha_bar), x0) * x0
 
 
-def denoising_loss(
-    network: Model,
-    x0: Array,
-    t: Array,
-    eps: Array,
-    cond: Any,
-    schedule: Schedule,
-    prediction: str = "eps",
-    weight: np.ndarray | None = None,
-) -> Tensor:
-    """The mean squared error, over all elements, between the network's answer and its target: a scalar Tensor.
-
-    weight: one factor a sample (B,) on its squared error; None for 1.
-    """
-    x_t = q_sample(x0, t, eps, schedule)
-    answer, target = network(x_t, t, cond), training_target(x0, t, eps, schedule, prediction)
+def weighted_mse(answer: Tensor, target: Array, weight: Array | None) -> Tensor:
+    """The mean over all elements of weight (answer - target)^2; weight: one factor a sample (B,), None for 1."""
     if weight is None:
         return ops.mse(answer, target)
-    root = per_sample(np.sqrt(weight), x0)
+    root = per_sample(array_module(weight).sqrt(weight), target)
     return ops.mse(answer * root, target * root)
 
 
@@ -95,7 +106,7 @@ def x0_loss_weight(t: Array, schedule: Schedule, limit: float) -> np.ndarray:
 
 def eps_loss(model: Model, x0: Array, t: Array, eps: Array, cond: Any, schedule: Schedule) -> Tensor:
     """L = mean || eps - eps_theta(sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps, t) ||^2. DDPM, equation 14."""
-    return denoising_loss(model, x0, t, eps, cond, schedule, "eps")
+    return ops.mse(model(q_sample(x0, t, eps, schedule), t, cond), eps)
 
 
 # ---- one place that converts between predictions
@@ -194,6 +205,16 @@ def ddim_coefficients(
     _, _, _, alpha_bar_prev = schedule.between(t, t_prev)
     s = eta * sigma(t, schedule, "small", t_prev)
     return np.sqrt(alpha_bar_prev), np.sqrt(np.maximum(1 - alpha_bar_prev - s**2, 0)), s
+
+
+@kernel
+def reverse_step_drawn(
+    x_t: Array, eps_cond: Array, eps_uncond: Array | None, z: Draw, w: float, signal: float, noise: float,
+    clip: float | None, of_x0: float, of_eps: float, of_z: float,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """`reverse_step` with the noise drawn on the way: z says which."""
+    drawn = array_module(x_t).asarray(normal(*z, x_t.shape[1:]))
+    return reverse_step(x_t, eps_cond, eps_uncond, drawn, w, signal, noise, clip, of_x0, of_eps, of_z)
 
 
 @kernel

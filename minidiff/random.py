@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +32,15 @@ class Purpose(IntEnum):
     START_NOISE = 4
     STEP_NOISE = 5
     PICTURES = 6
+
+
+class Draw(NamedTuple):
+    """Which normal numbers: what `normal` is told before their shape."""
+
+    seed: int
+    samples: Sequence[int]
+    step: int
+    purpose: Purpose
 
 
 def philox(c0: Array, c1: Array, c2: Array, c3: Array, seed: int) -> tuple[Array, Array, Array, Array]:

@@ -12,10 +12,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from minidiff import plotting
-from minidiff.backend import Array, to_numpy
+from minidiff.backend import to_numpy
 from minidiff.config import SampleConfig
 from minidiff.errors import UserError
-from minidiff.random import Purpose, normal
+from minidiff.random import Draw, Purpose, normal
 from minidiff.samplers import SamplerStep, ddim, ddpm, spaced_timesteps
 from minidiff.tensor import no_grad
 from minidiff.text_to_image import TextToImage
@@ -41,8 +41,8 @@ def denoise(
         empty, empty_mask = model.condition([""] * len(captions))
     cond, uncond = (tokens.data, mask), (empty.data, empty_mask)
 
-    def noise(i: int) -> Array:
-        return xp.asarray(normal(seed, samples, i + 1, Purpose.STEP_NOISE, model.latent_shape))
+    def noise(i: int) -> Draw:
+        return Draw(seed, samples, i + 1, Purpose.STEP_NOISE)
 
     clip = 1.0 if settings.clip else None
     walk = (model, x_T, cond, uncond, settings.guidance, timesteps, model.schedule, noise)

@@ -5,7 +5,7 @@
 
 The walk is explicit: `timesteps` are the noise levels that are visited, falling, the last one included: 0 is the
 image. They may lie between whole numbers (`Schedule.alpha_bar_at`). Noise comes in through `noise(i)`, one standard
-normal array like x_t for step i.
+normal array like x_t for step i, or which of them is to be drawn.
 """
 
 from __future__ import annotations
@@ -16,11 +16,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minidiff.backend import Array
-from minidiff.diffusion import Model, clip_x0, conditioned, ddim_coefficients, denoise_step, predict_x0, reverse_step
+from minidiff.backend import Array, array_module
+from minidiff.diffusion import (
+    Model,
+    clip_x0,
+    conditioned,
+    ddim_coefficients,
+    denoise_step,
+    predict_x0,
+    reverse_step,
+    reverse_step_drawn,
+)
+from minidiff.random import Draw, normal
 from minidiff.schedule import Schedule
 
-Noise = Callable[[int], Array]
+Noise = Callable[[int], Array | Draw]
 
 
 class SamplerStep(NamedTuple):
@@ -65,6 +75,8 @@ def ddpm(
     x_t = x_T
     for i, (t, t_prev) in enumerate(_pairs(timesteps, schedule)):
         z = noise(i) if t_prev > 0 else None
+        if isinstance(z, Draw):
+            z = array_module(x_t).asarray(normal(*z, x_t.shape[1:]))
         step = denoise_step(model, x_t, t, cond, uncond, w, z, schedule, t_prev, sigma_kind, clip)
         x0 = predict_x0(x_t, t, step.eps, schedule) if clip is None else clip_x0(x_t, t, step.eps, schedule, clip)[0]
         yield SamplerStep(t, t_prev, x_t, x0, step.eps, step.x_prev)
@@ -96,7 +108,11 @@ def ddim(
         alpha_bar = schedule.alpha_bar_at(t)
         levels = float(np.sqrt(alpha_bar)), float(np.sqrt(1 - alpha_bar))
         coefficients = map(float, ddim_coefficients(t, eta, schedule, t_prev))
-        x_prev, x0, eps = reverse_step(x_t, eps_cond, eps_uncond, z, w, *levels, clip, *coefficients)
+        numbers = (w, *levels, clip, *coefficients)
+        if isinstance(z, Draw):
+            x_prev, x0, eps = reverse_step_drawn(x_t, eps_cond, eps_uncond, z, *numbers)
+        else:
+            x_prev, x0, eps = reverse_step(x_t, eps_cond, eps_uncond, z, *numbers)
         yield SamplerStep(t, t_prev, x_t, x0, eps, x_prev)
         x_t = x_prev
 

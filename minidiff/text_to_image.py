@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minidiff import schedule as schedules
 from minidiff.backend import Array, array_module
-from minidiff.diffusion import PREDICTIONS, denoising_loss, eps_from_prediction, x0_loss_weight
+from minidiff.diffusion import PREDICTIONS, eps_from_prediction, noised, weighted_mse, x0_loss_weight
 from minidiff.models.text import TextEncoder, TextEncoderConfig
 from minidiff.models.unet import UNet, UNetConfig
 from minidiff.nn import Module
+from minidiff.random import Draw
 from minidiff.tensor import Tensor
 from minidiff.text import WordTokenizer
 
@@ -60,6 +61,17 @@ def depth_to_space(x: Array, patch: int) -> Array:
     B, h, w, D = x.shape
     tiles = x.reshape(B, h, w, patch, patch, D // patch**2).transpose(0, 1, 3, 2, 4, 5)
     return array_module(x).ascontiguousarray(tiles).reshape(B, h * patch, w * patch, D // patch**2)
+
+
+class Question(NamedTuple):
+    """What the network is asked in one pass of training, as arrays on its device."""
+
+    x_t: Array  # (B, *latent_shape)
+    t: Array  # (B,)
+    ids: Array  # (B, L) words of the captions
+    mask: Array  # (B, L)
+    target: Array  # like x_t
+    weight: Array | None  # (B,) of the squared errors
 
 
 class TextToImage(Module):
@@ -108,16 +120,31 @@ class TextToImage(Module):
 
     def condition(self, captions: Sequence[str]) -> tuple[Tensor, Array]:
         """Captions -> cond = (tokens (B, L, D), mask (B, L)); "" is the unconditional input."""
-        ids, mask = self.tokenizer(captions, self.text_encoder.config.context)
-        xp = self.array_module
-        return self.text_encoder(xp.asarray(ids)), xp.asarray(mask)
+        ids, mask = self._words(captions)
+        return self.text_encoder(ids), mask
 
-    def loss(self, images: Array, captions: Sequence[str], t: np.ndarray, eps: Array) -> Tensor:
-        """The training loss: images (B, H, W, C), their captions, t (B,) in 1..T, noise eps (B, *latent_shape)."""
+    def _words(self, captions: Sequence[str]) -> tuple[Array, Array]:
+        ids, mask = self.tokenizer(captions, self.text_encoder.config.context)
+        return self.array_module.asarray(ids), self.array_module.asarray(mask)
+
+    def question(self, images: Array, captions: Sequence[str], t: np.ndarray, eps: Array | Draw) -> Question:
+        """Images (B, H, W, C), their captions, t (B,) in 1..T, and noise (B, *latent_shape), or which to draw."""
         xp, prediction = self.array_module, self.diffusion.prediction
-        x0, cond = self.encode(xp.asarray(images)), self.condition(captions)
-        weight = x0_loss_weight(t, self.schedule, self.diffusion.weight_limit) if prediction == "x0" else None
-        return denoising_loss(self.unet, x0, t, xp.asarray(eps), cond, self.schedule, prediction, weight)
+        eps = eps if isinstance(eps, Draw) else xp.asarray(eps)
+        x_t, target = noised(self.encode(xp.asarray(images)), t, eps, self.schedule, prediction)
+        weight = None
+        if prediction == "x0":
+            weight = xp.asarray(x0_loss_weight(t, self.schedule, self.diffusion.weight_limit))
+        return Question(x_t, xp.asarray(t), *self._words(captions), target, weight)
+
+    def answer_loss(self, question: Question) -> Tensor:
+        """The loss of the network's answer: a function of arrays alone, the same work whatever they hold."""
+        cond = self.text_encoder(question.ids), question.mask
+        return weighted_mse(self.unet(question.x_t, question.t, cond), question.target, question.weight)
+
+    def loss(self, images: Array, captions: Sequence[str], t: np.ndarray, eps: Array | Draw) -> Tensor:
+        """The training loss of what `question` takes."""
+        return self.answer_loss(self.question(images, captions, t, eps))
 
     def prepare(self, cond: Any) -> Any:
         """`UNet.prepare`: cond for many calls with the same text, and for several conditions an image."""

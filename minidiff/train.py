@@ -29,7 +29,7 @@ from minidiff.config import Config, TrainConfig, config_from_dict, config_to_dic
 from minidiff.data import DataConfig, Dataset, open_data
 from minidiff.errors import UserError
 from minidiff.optim import OPTIMIZERS, AdamW, clip_factor, gradient_norm, learning_rate
-from minidiff.random import Purpose, normal, uniform
+from minidiff.random import Draw, Purpose, normal, uniform
 from minidiff.tensor import accumulate
 from minidiff.text_to_image import TextToImage
 from minidiff.threads import begin_thread, num_workers, parallel_map, peak_memory
@@ -82,7 +82,7 @@ class Batch:
     images: np.ndarray  # (B, H, W, C) in [-1, 1]
     captions: list[str]  # some of them dropped to ""
     t: np.ndarray  # (B,) in 1..T
-    eps: np.ndarray  # (B, *latent_shape)
+    eps: np.ndarray | Draw  # (B, *latent_shape); a GPU draws it itself
 
 
 def data_of(config: Config) -> Dataset:
@@ -242,7 +242,8 @@ def draw_batch(state: TrainState, data: Dataset, step: int, part: int) -> Batch:
     images, captions = data.batch(number, c.batch)
     dropped = uniform(c.seed, samples, step, Purpose.DROP_CAPTION)[:, 0] < c.drop_caption
     captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
-    eps = normal(c.seed, samples, step, Purpose.TRAIN_NOISE, model.latent_shape)
+    noise = c.seed, samples, step, Purpose.TRAIN_NOISE
+    eps = normal(*noise, model.latent_shape) if model.array_module is np else Draw(*noise)
     return Batch(images, captions, draw_timesteps(c, samples, step, model.schedule.T), eps)
 
 

@@ -55,10 +55,9 @@ T, alpha_bar = model.schedule.T, model.schedule.alpha_bar
 # This is the simplified objective of [DDPM](https://arxiv.org/abs/2006.11239), equation 14:
 
 # %%
-source(eps_loss, diffusion.denoising_loss)
+source(eps_loss)
 
 # %% [markdown]
-# Ignore `prediction` and `weight` for now: for `eps_loss` the target is $\varepsilon$ and every image counts the same.
 # Here is one question and the trained model's answer. The model works on patches of 4 x 4 pixels as channels; `encode`
 # and `decode` go there and back, and nothing else happens in them.
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))  # the exerc
 LADDERS = {  # which of csrc/cuda's ladders the tests of a file climb
     "test_attention": ("attention",),
     "test_conv2d": ("conv2d",),
-    "test_diffusion": ("reverse_step",),
+    "test_diffusion": ("reverse_step", "q_sample_drawn"),
     "test_elementwise": ("add",),
     "test_geglu": ("geglu",),
     "test_gelu": ("pointwise",),

@@ -11,22 +11,26 @@ from minidiff.diffusion import (
     ddim_coefficients,
     ddim_step,
     denoise_step,
-    denoising_loss,
     eps_from_prediction,
     eps_from_x0,
     eps_loss,
     guided_eps,
     join_conditions,
     mu_theta,
+    noised,
     posterior,
     predict_x0,
     q_sample,
+    q_sample_drawn,
     q_step,
     reverse_step,
+    reverse_step_drawn,
     sigma,
     training_target,
+    weighted_mse,
     x0_loss_weight,
 )
+from minidiff.random import Draw, Purpose, normal
 from minidiff.schedule import cosine, linear, scaled_linear
 from minidiff.tensor import record
 
@@ -307,15 +311,16 @@ def test_eps_loss_is_zero_for_the_truth_and_one_for_silence():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_denoising_loss_asks_for_its_prediction(prediction):
+def test_training_asks_for_its_prediction(prediction):
     s, x0, eps = SCHEDULES["cosine"], draw(3, 5), draw(3, 5, seed=1)
     t = np.array([3, 400, T])
     a, b = (np.sqrt(v[t])[:, None] for v in (s.alpha_bar, 1 - s.alpha_bar))
     wanted = {"eps": eps, "x0": x0, "v": a * eps - b * x0}
     for name, target in wanted.items():
-        answer = Tensor(target)
-        loss = denoising_loss(lambda x, t, c, answer=answer: answer, x0, t, eps, None, s, prediction).item()
+        x_t, asked = noised(x0, t, eps, s, prediction)
+        loss = weighted_mse(Tensor(target), asked, None).item()
         assert (loss < 1e-25) == (name == prediction)
+        close(x_t, a * x0 + b * eps)
 
 
 def test_eps_loss_of_the_wrong_shape():
@@ -610,7 +615,8 @@ def test_the_weight_makes_an_x0_loss_a_v_loss(t):
 def test_a_weighted_loss_is_the_mean_of_the_weighted_squares():
     x0, eps = np.random.default_rng(0).standard_normal((2, 3, 4))
     t, weight = np.array([1, 5, 9]), np.array([1.0, 2.0, 7.0])
-    loss = denoising_loss(lambda *args: Tensor(0 * x0), x0, t, eps, None, cosine(10), "x0", weight)
+    target = noised(x0, t, eps, cosine(10), "x0")[1]
+    loss = weighted_mse(Tensor(0 * x0), target, weight)
     assert loss.item() == pytest.approx((weight[:, None] * x0**2).mean())
 
 
@@ -636,3 +642,50 @@ def test_the_fused_step_is_guidance_and_ddim(dtype, clip, eta, guided, rng):
     for actual, reference in zip(got, wanted, strict=True):
         assert actual.dtype == dtype
         np.testing.assert_allclose(actual, reference, atol=1e-5 if dtype == "float32" else 1e-13)
+
+
+DRAWS = [Draw(3, [7], 2, Purpose.STEP_NOISE), Draw(2**40 + 1, range(5, 9), 1, Purpose.TRAIN_NOISE)]
+
+
+@pytest.mark.usefixtures("kernels_kind")
+@pytest.mark.parametrize("clip", [None, 0.9])
+@pytest.mark.parametrize("shape", [(4, 5, 8), (3, 7), (1,)])
+@pytest.mark.parametrize("z", DRAWS, ids=["one sample", "four samples"])
+def test_a_step_may_draw_its_own_noise(z, shape, clip, rng):
+    shape = (len(z.samples), *shape)
+    x_t, cond, uncond = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
+    for numbers in [(3.5, 0.6, 0.8, clip, 0.7, 0.5, 0.5), (1.0, 0.6, 0.8, clip, 0.7, 0.5, 0.0)]:
+        w, of_z = numbers[0], numbers[-1]
+        wanted = reverse_step.reference(x_t, cond, uncond, normal.reference(*z, shape[1:]), *numbers)
+        got = reverse_step_drawn(x_t, cond, uncond, z, *numbers)
+        for actual, reference in zip(got, wanted, strict=True):
+            assert actual.dtype == np.float32 and actual.shape == shape
+            np.testing.assert_allclose(actual, reference, atol=2e-5)
+        assert (w == 1) == (of_z == 0)
+    alone = reverse_step_drawn(x_t, cond, None, z, *numbers)
+    np.testing.assert_allclose(alone[2], reverse_step.reference(x_t, cond, None, None, *numbers)[2], atol=2e-5)
+
+
+@pytest.mark.usefixtures("kernels_kind")
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("shape", [(4, 5, 8), (3, 7), (1,)])
+@pytest.mark.parametrize("noise", DRAWS, ids=["one sample", "four samples"])
+def test_training_may_draw_its_noise_on_the_way(noise, shape, prediction, rng):
+    s, (B, *_) = cosine(T), (len(noise.samples),)
+    x0, t = rng.standard_normal((B, *shape)).astype(np.float32), rng.integers(1, T + 1, B)
+    eps = normal.reference(*noise, shape)
+    for got, wanted in zip(noised(x0, t, noise, s, prediction), noised(x0, t, eps, s, prediction), strict=True):
+        assert got.dtype == np.float32 and got.shape == x0.shape
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+@pytest.mark.usefixtures("kernels_kind")
+def test_more_samples_than_one_launch_draws(rng):
+    z, (x0, signal, noise) = (
+        Draw(1, range(700), 1, Purpose.TRAIN_NOISE),
+        rng.standard_normal((3, 700)).astype(np.float32),
+    )
+    x_t, target = q_sample_drawn(x0[:, None], signal, noise, "v", z)
+    eps = normal.reference(*z, (1,))[:, 0]
+    np.testing.assert_allclose(x_t[:, 0], signal * x0 + noise * eps, atol=2e-5)
+    np.testing.assert_allclose(target[:, 0], signal * eps - noise * x0, atol=2e-5)

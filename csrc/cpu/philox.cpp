@@ -61,13 +61,13 @@ INLINE void box_muller(vu a, vu b, vf& first, vf& second) {
 
 }  // namespace
 
-void normal(float* out, const int64_t* samples, long count, long elements, uint64_t seed, uint32_t step, uint32_t purpose) {
+void normal(float* out, const Draws& d, long elements) {
   vu lane;
   for (int i = 0; i < VL; i++) lane[i] = i;
-  for (long n = 0; n < count; n++)
+  for (long n = 0; n < d.count; n++)
     for (long block = 0; 4 * block < elements; block += VL) {
-      vu c0 = lane + (uint32_t)block, c1 = (vu){} + (uint32_t)samples[n], c2 = (vu){} + step, c3 = (vu){} + purpose;
-      uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+      vu c0 = lane + (uint32_t)block, c1 = (vu){} + (uint32_t)d.samples[n], c2 = (vu){} + d.step, c3 = (vu){} + d.purpose;
+      uint32_t k0 = (uint32_t)d.seed, k1 = (uint32_t)(d.seed >> 32);
       for (int round = 0; round < 10; round++) {
         vu high0, low0, high1, low1;
         multiply(0xD2511F53u, c0, high0, low0);

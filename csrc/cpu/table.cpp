@@ -32,7 +32,7 @@ void momentum(const Update*, int, float, float);
 void descend(const Update*, int, float, float);
 void orthogonalise(const Orthogonal*, int);
 void reverse_step(const ReverseStep&);
-void normal(float*, const int64_t*, long, long, uint64_t, uint32_t, uint32_t);
+void normal(float*, const Draws&, long);
 
 // Multiply-adds in registers alone, in every thread: floating-point operations done. Twelve chains hide their latency.
 static double peak(long repeats) {
@@ -57,7 +57,9 @@ static const Kernels table = {
     MINIDIFF_STRING(MINIDIFF_ISA), conv2d_forward, conv2d_backward, conv2d_prepared_size, conv2d_prepare, linear_forward,
     linear_backward, group_norm_forward, group_norm_backward, layer_norm_forward, layer_norm_backward, attention_forward,
     attention_backward, pointwise_forward, pointwise_backward, geglu_forward, geglu_backward, add, mse_forward, mse_backward,
-    gradient_norm, adamw, momentum, descend, orthogonalise, reverse_step, normal, peak};
+    gradient_norm, adamw, momentum, descend, orthogonalise, reverse_step,
+    nullptr, nullptr,  // reverse_step_drawn and q_sample_drawn: on a CPU noise is drawn beside the step
+    normal, peak};
 
 }  // namespace MINIDIFF_ISA
 

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../kernels.h"
 #include "elementwise.cuh"
 
 namespace minidiff::cuda {
@@ -55,33 +56,53 @@ struct Draw {
   }
 };
 
-// The thread's block of numbers among `elements` of a sample, as draw_all launches them: f(i, z) for its float4 at once,
-// where vectors is true, else for each of its up to four floats; i as in load<V>, over this launch's samples.
-template <class F>
-__device__ void drawn(const Draw& draw, long elements, bool vectors, const F& f) {
+// The ladder of what draws a number for every place of an array, and computes with it there. An op is a struct with
+//   template <class V> __device__ void at(int sample, long i, V z) const;   the i-th float or float4, and its number or four
+//   bool vectors() const;                                                  whether float4 will do for its arrays
+//   Op from(long sample, long elements) const;                             the same, its arrays beginning at that sample
+inline const std::vector<Rung> DRAWN_RUNGS = {
+    {"naive", "one thread a number: each draws four and keeps one"},
+    {"fours", "one thread for the four numbers of a counter"},
+    {"vectors", "loads and stores of four numbers"},
+};
+
+// v1; the grid has a row of blocks for every sample
+template <class Op>
+__global__ void drawn_naive(Op op, const __grid_constant__ Draw draw, long elements) {
+  long e = long(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (e < elements) op.at(blockIdx.y, blockIdx.y * elements + e, draw.one(blockIdx.y, e));
+}
+
+// v2, and v3 with vectors
+template <class Op>
+__global__ void drawn_fours(Op op, const __grid_constant__ Draw draw, long elements, bool vectors) {
   long block = long(blockIdx.x) * blockDim.x + threadIdx.x, rest = elements - 4 * block;
   if (rest <= 0) return;
   float4 z = draw.four(blockIdx.y, block);
   long i = blockIdx.y * elements + 4 * block;
-  if (vectors) return f(i / 4, z);
-  f(i, z.x);
-  if (rest > 1) f(i + 1, z.y);
-  if (rest > 2) f(i + 2, z.z);
-  if (rest > 3) f(i + 3, z.w);
+  if (vectors) return op.at(blockIdx.y, i / 4, z);
+  op.at(blockIdx.y, i, z.x);
+  if (rest > 1) op.at(blockIdx.y, i + 1, z.y);
+  if (rest > 2) op.at(blockIdx.y, i + 2, z.z);
+  if (rest > 3) op.at(blockIdx.y, i + 3, z.w);
 }
 
-// launch(draw, grid, offset) for up to DRAWN_SAMPLES samples at a time: offset is where the first of them begins among all,
-// the grid has a thread for `per_thread` numbers of a sample and a row of blocks for every sample.
-template <class F>
-void draw_all(const int64_t* samples, long count, long elements, int per_thread, uint64_t seed, uint32_t step,
-              uint32_t purpose, const F& launch) {
+// op on arrays (count, elements), a row a sample.
+template <class Op>
+void drawn(const Ladder& ladder, const Op& op, const Draws& d, long elements) {
   if (elements == 0) return;
+  int rung = ladder.rung();
+  bool vectors = rung == 3 && elements % 4 == 0 && op.vectors();
+  unsigned blocks = blocks_for(rung == 1 ? elements : (elements + 3) / 4, THREADS);
   Draw draw;
-  draw.key = make_uint2(unsigned(seed), unsigned(seed >> 32)), draw.step = step, draw.purpose = purpose;
-  for (long first = 0; first < count; first += DRAWN_SAMPLES) {
-    int here = int(std::min<long>(DRAWN_SAMPLES, count - first));
-    for (int i = 0; i < here; i++) draw.samples[i] = unsigned(samples[first + i]);
-    launch(draw, dim3(blocks_for((elements + per_thread - 1) / per_thread, THREADS), here), first * elements);
+  draw.key = make_uint2(unsigned(d.seed), unsigned(d.seed >> 32)), draw.step = d.step, draw.purpose = d.purpose;
+  for (long first = 0; first < d.count; first += DRAWN_SAMPLES) {
+    int here = int(std::min<long>(DRAWN_SAMPLES, d.count - first));
+    for (int i = 0; i < here; i++) draw.samples[i] = unsigned(d.samples[first + i]);
+    if (rung == 1)
+      LAUNCH(drawn_naive<Op>, dim3(blocks, here), THREADS, 0, stream(), op.from(first, elements), draw, elements);
+    else
+      LAUNCH(drawn_fours<Op>, dim3(blocks, here), THREADS, 0, stream(), op.from(first, elements), draw, elements, vectors);
   }
 }
 

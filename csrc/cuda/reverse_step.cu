@@ -7,16 +7,14 @@
 //   z, read or drawn ──────────────────────────────────────────┘
 //
 // Floor: 28 bytes a number with guidance and noise (reads x_t, eps_cond, eps_uncond, z; writes x_prev, x0, eps), against
-// some 30 operations; 24 where z is drawn, which saves the 4 of writing it as well. The rungs are those of elementwise.cuh.
-#include "reverse_step.h"
-
-#include "elementwise.cuh"
+// some 30 operations; 24 where z is drawn, which saves the 4 of writing it as well. The rungs are those of elementwise.cuh and
+// philox.cuh.
 #include "philox.cuh"
 
 namespace minidiff::cuda {
 namespace {
 
-Ladder ladder("reverse_step", ELEMENTWISE_RUNGS);
+Ladder ladder("reverse_step", ELEMENTWISE_RUNGS), drawn_ladder("reverse_step_drawn", DRAWN_RUNGS);
 
 struct Step {
   ReverseStep s;
@@ -48,27 +46,29 @@ struct Step {
   }
 };
 
-// A thread draws four numbers, and takes the step at their places
-__global__ void draw_and_step(Step step, const __grid_constant__ Draw draw, long elements, bool vectors) {
-  drawn(draw, elements, vectors, [&](long i, auto z) { step.with_noise(i, z, true); });
-}
+struct StepDrawn {
+  Step step;
+
+  bool vectors() const { return step.vectors(); }
+  StepDrawn from(long sample, long elements) const {
+    ReverseStep s = step.s;
+    for (float** p : {&s.x_prev, &s.x0, &s.eps}) *p += sample * elements;
+    for (const float** p : {&s.x_t, &s.eps_cond, &s.eps_uncond})
+      if (*p) *p += sample * elements;
+    return {{s}};
+  }
+  template <class V>
+  __device__ void at(int, long i, V z) const {
+    step.with_noise(i, z, true);
+  }
+};
 
 }  // namespace
 
 void reverse_step(const ReverseStep& s) { elementwise(ladder, Step{s}, s.n); }
 
-void reverse_step_drawn(const ReverseStep& whole, const int64_t* samples, long count, uint64_t seed, uint32_t step,
-                        uint32_t purpose) {
-  if (count == 0) return;
-  long elements = whole.n / count;
-  bool vectors = elements % 4 == 0 && Step{whole}.vectors();
-  draw_all(samples, count, elements, 4, seed, step, purpose, [&](const Draw& draw, dim3 grid, long offset) {
-    ReverseStep s = whole;
-    for (float** p : {&s.x_prev, &s.x0, &s.eps}) *p += offset;
-    for (const float** p : {&s.x_t, &s.eps_cond, &s.eps_uncond})
-      if (*p) *p += offset;
-    LAUNCH(draw_and_step, grid, THREADS, 0, stream(), Step{s}, draw, elements, vectors);
-  });
+void reverse_step_drawn(const ReverseStep& s, const Draws& draws) {
+  if (draws.count) drawn(drawn_ladder, StepDrawn{{s}}, draws, s.n / draws.count);
 }
 
 }  // namespace minidiff::cuda

@@ -29,7 +29,9 @@ void adamw(const Update*, int count, float g_factor, float lr, float beta1, floa
 void momentum(const Update*, int count, float g_factor, float mu);
 void descend(const Update*, int count, float lr, float ema_share);
 void reverse_step(const ReverseStep&);
-void normal(float* out, const int64_t* samples, long count, long elements, uint64_t seed, uint32_t step, uint32_t purpose);
+void reverse_step_drawn(const ReverseStep&, const Draws&);
+void q_sample_drawn(const QSample&, const Draws&);
+void normal(float* out, const Draws&, long elements);
 
 namespace {
 
@@ -45,7 +47,8 @@ Kernels table() {
   k.geglu_forward = geglu_forward, k.geglu_backward = geglu_backward;
   k.add = add, k.mse_forward = mse_forward, k.mse_backward = mse_backward, k.gradient_norm = gradient_norm;
   k.adamw = adamw, k.momentum = momentum, k.descend = descend;
-  k.reverse_step = reverse_step, k.normal = normal;
+  k.reverse_step = reverse_step, k.reverse_step_drawn = reverse_step_drawn;
+  k.q_sample_drawn = q_sample_drawn, k.normal = normal;
   return k;
 }
 
