@@ -108,7 +108,7 @@ def ddim(
         alpha_bar = schedule.alpha_bar_at(t)
         levels = float(np.sqrt(alpha_bar)), float(np.sqrt(1 - alpha_bar))
         coefficients = map(float, ddim_coefficients(t, eta, schedule, t_prev))
-        numbers = (w, *levels, clip, *coefficients)
+        numbers: Any = (w, *levels, clip, *coefficients)
         if isinstance(z, Draw):
             x_prev, x0, eps = reverse_step_drawn(x_t, eps_cond, eps_uncond, z, *numbers)
         else:
