@@ -85,10 +85,19 @@ def kernel(reference: Callable[P, R]) -> Kernel[P, R]:
 
     @functools.wraps(reference)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(MODULES[_active], name, reference)(*args, **kwargs)
+        found = getattr(MODULES[_active], name, None)
+        if found is None:
+            found = (_active != "reference" and gpu_kernel(name, args)) or reference
+        return found(*args, **kwargs)
 
     call.reference = reference  # type: ignore[attr-defined]
     return cast(Kernel[P, R], call)
+
+
+def gpu_kernel(name: str, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+    """The GPU's kernel of this name, if it has one and the arguments' arrays are CuPy's."""
+    arrays = (a[0] if type(a) is list and a else a for a in args)
+    return None if array_module(*arrays) is np else getattr(MODULES.get("cuda"), name, None)
 
 
 @contextlib.contextmanager

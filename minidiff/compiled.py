@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from minidiff.backend import MODULES, REFERENCE, Array, array_module
+from minidiff.backend import REFERENCE, Array, gpu_kernel
 from minidiff.random import Draw, Purpose, check_counters
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -83,9 +83,7 @@ def _bound(on: Compiled, name: str) -> Callable[..., Any]:
 
     def elsewhere(args: Any) -> Any:
         """CuPy's arrays go to the GPU's kernels; what these cannot take, and all other arrays, to the reference."""
-        of_gpu = array_module(*(a[0] if type(a) is list and a else a for a in args)) is not np
-        other = MODULES.get("cuda") if of_gpu and on.xp is np else None
-        return getattr(other, name, REFERENCE[name])(*args)
+        return ((on.xp is np and gpu_kernel(name, args)) or REFERENCE[name])(*args)
 
     return call
 

@@ -53,6 +53,7 @@ class TrainConfig:
     drop_caption: float = field(
         default=0.1, metadata={"help": "probability that a caption is replaced by the empty one"}
     )
+    capture: bool = field(default=False, metadata={"help": "on a GPU: launch each pass whole, as one CUDA graph"})
     checkpointing: bool = field(default=False, metadata={"help": "less memory: recompute each block in backward"})
     device: str = field(default="cpu", metadata={"help": "cpu, or cuda (with CuPy)"})
     seed: int = field(default=0, metadata={"help": "seed of parameters, data, noise and timesteps"})

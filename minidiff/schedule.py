@@ -112,7 +112,7 @@ def per_sample(values: np.ndarray, x: Array) -> Array:
     xp = array_module(x)
     if x.dtype.kind != "f":
         raise TypeError(f"diffusion works on floats, got {x.dtype}")
-    a = xp.asarray(np.asarray(values), dtype=x.dtype)
+    a = xp.asarray(values, dtype=x.dtype)
     if a.ndim == 0:
         return a
     if a.shape != x.shape[:1]:

@@ -187,7 +187,7 @@ def as_tensor(x: Any, like: Tensor | None = None) -> Tensor:
     if isinstance(x, Tensor):
         return x
     if like is not None and isinstance(x, int | float | np.number):
-        return Tensor(array_module(like.data).asarray(x, dtype=like.dtype))
+        return Tensor(array_module(like.data).full((), x, dtype=like.dtype))  # on a GPU nothing is copied to it
     return Tensor(x)
 
 

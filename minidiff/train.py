@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from minidiff.backend import to_numpy
+from minidiff.backend import Array, to_numpy
 from minidiff.checkpoint import FILE, PARTS, load_checkpoint, save_checkpoint
 from minidiff.config import Config, TrainConfig, config_from_dict, config_to_dict, config_to_toml, with_overrides
 from minidiff.data import DataConfig, Dataset, open_data
@@ -31,7 +31,7 @@ from minidiff.errors import UserError
 from minidiff.optim import OPTIMIZERS, AdamW, clip_factor, gradient_norm, learning_rate
 from minidiff.random import Draw, Purpose, normal, uniform
 from minidiff.tensor import accumulate
-from minidiff.text_to_image import TextToImage
+from minidiff.text_to_image import Question, TextToImage
 from minidiff.threads import begin_thread, num_workers, parallel_map, peak_memory
 
 LOG = "log.jsonl"
@@ -276,6 +276,7 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
     def draw(step: int) -> list[Batch]:
         return [draw_batch(state, data, step, part) for part in range(c.accumulate)]
 
+    one_pass = captured_gradients(state.model, c.accumulate) if c.capture else gradients
     threads = min(num_workers(state.model.array_module), c.accumulate)
     copy_of = state.config, state.model.tokenizer.words, state.model.image_shape
     models = [state.model, *(_model(*copy_of, seed=None) for _ in range(threads - 1))]
@@ -286,7 +287,7 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
             batches = upcoming.result()
             waited = time.perf_counter() - started
             upcoming = pool.submit(draw, state.step + 2)
-            loss, grads = loss_and_gradients(models, batches)
+            loss, grads = loss_and_gradients(models, batches, one_pass)
             norm = gradient_norm(list(grads.values()))
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise Diverged(_not_finite(state.step + 1, loss, grads))
@@ -305,11 +306,17 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
             )
 
 
-def loss_and_gradients(models: Sequence[TextToImage], batches: Sequence[Batch]) -> tuple[float, dict[str, Any]]:
+Gradients = Callable[[TextToImage, Question, float], tuple[Array, dict[str, Array]]]
+
+
+def loss_and_gradients(
+    models: Sequence[TextToImage], batches: Sequence[Batch], one_pass: Gradients | None = None
+) -> tuple[float, dict[str, Any]]:
     """The mean loss over the batches, and its gradient by parameter.
 
     The first model is the one trained; any others are its copies, in which passes run beside each other. The passes are
-    added in the order of the batches, so that the number of copies does not change the sum.
+    added in the order of the batches, so that the number of copies does not change the sum. one_pass: in place of
+    `gradients`.
     """
     free = SimpleQueue[TextToImage]()
     for model in models:
@@ -317,32 +324,51 @@ def loss_and_gradients(models: Sequence[TextToImage], batches: Sequence[Batch]) 
             model.load(models[0].state())
         free.put(model)
 
-    def one_pass(batch: Batch) -> tuple[float, dict[str, Any]]:
+    def one(batch: Batch) -> tuple[float, dict[str, Any]]:
         model = free.get()
         try:
-            return _pass(model, batch, 1 / len(batches))
+            with np.errstate(all="ignore"):  # what is not finite is noticed, and told, by `train`
+                question = model.question(batch.images, batch.captions, batch.t, batch.eps)
+                loss, grads = (one_pass or gradients)(model, question, 1 / len(batches))
+            return float(loss), grads
         finally:
             free.put(model)
 
     total = 0.0
     grads: dict[str, Any] = {}
-    for loss, part in parallel_map(one_pass, batches, len(models)):
+    for loss, part in parallel_map(one, batches, len(models)):
         total += loss
         grads = {name: accumulate(grads[name], g) for name, g in part.items()} if grads else part
     return total, grads
 
 
-def _pass(model: TextToImage, batch: Batch, weight: float) -> tuple[float, dict[str, Any]]:
+def gradients(model: TextToImage, question: Question, weight: float) -> tuple[Array, dict[str, Array]]:
+    """weight times the loss, and its gradient by parameter."""
     parameters = dict(model.named_parameters())
-    with np.errstate(all="ignore"):  # what is not finite is noticed, and told, by `train`
-        loss = model.loss(batch.images, batch.captions, batch.t, batch.eps) * weight
-        loss.backward()
+    loss = model.answer_loss(question) * weight
+    loss.backward()
     xp = model.array_module
     # a parameter that the loss does not reach (the text encoder of a U-Net without cross-attention) has none
     grads = {name: xp.zeros_like(p.data) if p.grad is None else p.grad for name, p in parameters.items()}
     for p in parameters.values():
         p.grad = None
-    return loss.item(), grads
+    return loss.data, grads
+
+
+def captured_gradients(model: TextToImage, accumulate: int) -> Gradients:
+    """`gradients` of a model on a GPU as a CUDA graph."""
+    if model.array_module is np:
+        raise UserError("train.capture is for a GPU: --train.device cuda")
+    from minidiff.cuda import Captured
+
+    graph = Captured(lambda *question: gradients(model, Question(*question), 1 / accumulate))
+
+    def one_pass(model: TextToImage, question: Question, weight: float) -> tuple[Array, dict[str, Array]]:
+        loss, grads = graph(*question)
+        # the next pass writes into the same arrays
+        return loss, {name: g.copy() for name, g in grads.items()} if accumulate > 1 else grads
+
+    return one_pass
 
 
 def _not_finite(step: int, loss: float, grads: dict[str, Any]) -> str:

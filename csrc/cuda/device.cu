@@ -1,4 +1,5 @@
 // The device in use, the stream of the present call, and the workspace: memory that grows where it must and is then kept.
+#include <algorithm>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -36,8 +37,8 @@ void set_stream(uintptr_t s) { current = reinterpret_cast<cudaStream_t>(s); }
 float* workspace(size_t floats) {
   Workspace& w = workspaces[ordinal_in_use()];
   if (w.floats < floats) {
-    check(cudaFree(w.data), "cudaFree");
-    w = {};
+    // what it was stays: a CUDA graph may hold on to it. Doubling, so that all of them together are twice the last at most.
+    floats = std::max(floats, 2 * w.floats);
     check(cudaMalloc(&w.data, floats * sizeof(float)), "cudaMalloc of a workspace");
     w.floats = floats;
   }
