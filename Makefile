@@ -65,7 +65,8 @@ gpu-test: gpu-build  ## test the CUDA kernels on a GPU, then memcheck and racech
 		$(addprefix tests/test_,attention.py conv2d.py groupnorm.py layernorm.py linear.py) -k cuda || exit 1; done
 
 gpu-bench: gpu-build  ## measure the CUDA kernels beside PyTorch: benchmarks/results/DEVICE/
-	$(PYTHON) benchmarks/bench_gpu.py
+	$(PYTHON) benchmarks/bench_gpu.py --seconds 200
+	$(PYTHON) benchmarks/bench_gpu_steps.py --seconds 180
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) build minidiff/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

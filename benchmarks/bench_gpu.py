@@ -13,6 +13,7 @@ last), and compiled (default and max-autotune). Writes results/DEVICE/ops.json a
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import re
@@ -236,6 +237,7 @@ class Gpu:
         self.name = properties["name"].decode()
         self.l2 = properties["l2CacheSize"]
         self.device = "cuda"
+        self.free = 0
 
     def ours(self, tensor: Any) -> Any:
         """The same memory as CuPy's."""
@@ -256,6 +258,18 @@ class Gpu:
             torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
+    def forget(self) -> None:
+        """Give back what is cached, and count memory from here."""
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        self.cupy.get_default_memory_pool().free_all_blocks()
+        self.free = self.cupy.cuda.runtime.memGetInfo()[0]
+
+    def memory(self) -> float:
+        """Gigabytes taken from the device since `forget`."""
+        return (self.free - self.cupy.cuda.runtime.memGetInfo()[0]) / 1e9
+
 
 class Rehearsal:
     """The emulator and PyTorch on the CPU: every line of this file runs, no number means anything."""
@@ -274,6 +288,20 @@ class Rehearsal:
             calls[i % len(calls)]()
             times.append(1000 * (time.perf_counter() - started))
         return times
+
+    def forget(self) -> None:
+        """Nothing is counted here."""
+
+    def memory(self) -> float:
+        """Not measured."""
+        return 0.0
+
+
+def results_folder(machine: Any) -> Path:
+    """Where a device's results lie."""
+    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", machine.name.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def ceilings(machine: Any, small: bool) -> dict[str, float]:
@@ -426,8 +454,7 @@ def main() -> None:
         rows += measure(case, machine, limits, not (args.no_compile or args.rehearsal))
         print(case.op, case.shape, f"{time.time() - started:.0f} s", flush=True)
     if not args.rehearsal:
-        folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", machine.name.lower()).strip("-")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = results_folder(machine)
         about = {
             "device": machine.name,
             "torch": torch.__version__,

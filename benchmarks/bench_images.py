@@ -1,10 +1,11 @@
-"""A training run on real pictures, looked at after given minutes: a grid of samples, and how a classifier judges them.
+"""A training run on real pictures, looked at on the way: a grid of samples, and how a classifier judges them.
 
     python benchmarks/bench_images.py PRESET --data FOLDER [--minutes 120] [--marks 10,60,120] [SECTION.SETTING=X ...]
 
-The run is an ordinary one in --out: interrupted, the same command goes on with it. Only training steps count as
-minutes; looking does not. The learning rate falls to zero over the whole run, so a grid from its middle is worse than
-that of a run that was planned to end there. Pictures with classes are judged by the classifier of `minidiff evaluate`.
+The run is an ordinary one in --out: interrupted, the same command goes on with it. Its first steps show how many steps
+--minutes are; --marks are shares of these. Only training counts as minutes; looking does not. The learning rate falls
+to zero over the whole run, so a grid from its middle is worse than that of a run that was planned to end there.
+Pictures with classes are judged by the classifier of `minidiff evaluate`.
 Writes results/images_PRESET-DEVICE.json, -loss.png and a grid for each mark.
 """
 
@@ -21,7 +22,7 @@ from common import results_path, write_json
 from minidiff import plotting
 from minidiff.checkpoint import FILE
 from minidiff.classifier import open_classifier
-from minidiff.config import config_to_dict, load_config
+from minidiff.config import TrainConfig, config_to_dict, load_config
 from minidiff.data import Dataset
 from minidiff.evaluate import evaluate_classes
 from minidiff.models import parameter_count
@@ -37,22 +38,24 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="SECTION.SETTING=VALUE")
     parser.add_argument("--data", required=True, metavar="FOLDER")
     parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--marks", default="10,60,120", help="minutes after which to look")
+    parser.add_argument("--marks", default="10,60,120", help="when to look, in minutes of --minutes")
     parser.add_argument("--n", type=int, default=500, help="pictures for the classifier")
     parser.add_argument("--out", metavar="FOLDER", help="the run (default: runs/images_PRESET)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     folder = Path(args.out or f"runs/images_{args.preset}")
     state, data = begin(args, folder)
     marks = [float(m) for m in args.marks.split(",")]
-    judge = open_classifier(state.config.data) if getattr(data, "classes", ()) else None
+    judge = open_classifier(state.config.data, state.config.text.context - 2) if getattr(data, "classes", ()) else None
     done = folder / "marks.json"
+
+    def reached(mark: float, c: TrainConfig) -> bool:
+        return not c.minutes and state.step >= round(c.steps * mark / args.minutes)
 
     def look(state: TrainState, data: Dataset, path: Path) -> None:
         records = json.loads(done.read_text()) if done.exists() else []
-        due = [m for m in marks[len(records) :] if state.seconds / 60 >= m]
-        if due or (state.step == state.config.train.steps and len(records) < len(marks)):
-            records.append(looked(args, state, data, judge))
+        if len(records) < len(marks) and reached(marks[len(records)], state.config.train):
+            records.append(looked(args, state, data, judge, marks[len(records)]))
             done.write_text(json.dumps(records, indent=2))
 
     if fit(state, folder, look, data):
@@ -72,7 +75,7 @@ def begin(args: argparse.Namespace, folder: Path) -> tuple[TrainState, Any]:
     return new_state(config, data), data
 
 
-def looked(args: argparse.Namespace, state: TrainState, data: Dataset, judge: Any) -> dict[str, Any]:
+def looked(args: argparse.Namespace, state: TrainState, data: Dataset, judge: Any, mark: float) -> dict[str, Any]:
     """Draw a grid into the results; what the classifier says of n pictures, where there is one."""
     prompts = list(data.prompts)
     columns = len(prompts) if 5 <= len(prompts) <= 10 else 4
@@ -84,10 +87,10 @@ def looked(args: argparse.Namespace, state: TrainState, data: Dataset, judge: An
             result = evaluate_classes(model, state.config.sample, *judge, args.n)
             scores = {"agreement": result.scores, "chance": result.chance["all"], "n": args.n, "real": judge[1]}
             print(result.headline)
-    title = f"{args.preset} after {minutes:.0f} minutes, {images_seen:,} images"
+    title = f"{args.preset} after {mark:g} minutes, {images_seen:,} images"
     grid = plotting.image_grid(images, captions, columns, title=title)
-    plotting.save(grid, results_path(f"images_{args.preset}", f"{round(minutes)}-minutes.png"))
-    return {"minutes": minutes, "step": state.step, "images": images_seen, **scores}
+    plotting.save(grid, results_path(f"images_{args.preset}", f"{mark:g}-minutes.png"))
+    return {"mark": mark, "minutes": minutes, "step": state.step, "images": images_seen, **scores}
 
 
 def write_results(args: argparse.Namespace, state: TrainState, data: Any, folder: Path, records: list[dict]) -> None:
