@@ -16,8 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from common import results_path, write_json
+from common import median, results_path, thinned, write_json
 
 from minidiff import plotting
 from minidiff.checkpoint import FILE
@@ -115,23 +114,6 @@ def write_results(args: argparse.Namespace, state: TrainState, data: Any, folder
             "config": config,
         },
     )
-
-
-def thinned(log: list[dict], points: int = 200) -> list[dict[str, float]]:
-    """The log as medians over equal spans of steps."""
-    parts = np.array_split(np.arange(len(log)), min(points, len(log)))
-    return [
-        {
-            "minutes": log[part[-1]]["minutes"],
-            "images": log[part[-1]]["images"],
-            "loss": median([log[i]["loss"] for i in part]),
-        }
-        for part in parts
-    ]
-
-
-def median(values: list[float]) -> float:
-    return float(np.median(values))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,27 @@ SECONDS_A_SAMPLE = 0.03
 WORST_ERROR = 1e-4  # rms, relative; beyond it a result is wrong and its time means nothing
 
 
+# ---- the logs of training runs
+
+
+def thinned(log: list[dict], points: int = 200) -> list[dict[str, float]]:
+    """The log as medians over equal spans of steps."""
+    parts = np.array_split(np.arange(len(log)), min(points, len(log)))
+    return [
+        {
+            "minutes": log[part[-1]]["minutes"],
+            "images": log[part[-1]]["images"],
+            "loss": median([log[i]["loss"] for i in part]),
+        }
+        for part in parts
+    ]
+
+
+def median(values: list[float]) -> float:
+    """The middle of them."""
+    return float(np.median(values))
+
+
 # ---- the machine
 
 

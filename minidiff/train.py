@@ -179,7 +179,7 @@ def _load_run(path: Path, parts: tuple[str, ...] = PARTS) -> tuple[dict[str, Any
 
 
 BUNDLED = Path(__file__).parent / "pretrained" / "shapes.safetensors"
-"""The model in the box: `shapes`, trained by `make demo` and written by `minidiff export`."""
+"""The model in the box: `shapes`, trained for some hours and written by `minidiff export`; docs/box.md."""
 
 
 def default_run() -> Path:
@@ -206,12 +206,18 @@ def _file(run: str | Path) -> Path:
     return path / FILE if path.is_dir() or not path.suffix else path
 
 
-def export_model(run: str | Path, out: Path) -> Path:
-    """The averaged weights of a run, as float16 and with nothing that only training needs, for `load_model`."""
-    parts, about = _load_run(_file(run), ("ema",))
+def export_model(run: str | Path, out: Path, overrides: dict[str, Any] | None = None) -> Path:
+    """The averaged weights of a run, as float16 and with nothing that only training needs, for `load_model`.
+
+    overrides: settings {"sample.field": value} that it shall draw with in place of the run's own.
+    """
+    path = _file(run)
+    parts, about = _load_run(path, ("ema",))
     out.parent.mkdir(parents=True, exist_ok=True)
+    config = with_overrides(config_from_dict(about["config"], str(path)), overrides or {}, "the command line")
+    about["config"] = config_to_dict(config)
     for where in ("path", "cache"):  # folders of whoever trained it
-        about["config"].get("data", {}).pop(where, None)
+        del about["config"]["data"][where]
     save_checkpoint(out, {"ema": {name: a.astype(np.float16) for name, a in parts["ema"].items()}}, about)
     return out
 
