@@ -51,22 +51,28 @@ lab: setup  ## open the notebooks in JupyterLab
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[lab]'
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
-# On a machine with a GPU, with its own Python: numpy, cupy, pytest, pybind11, ninja and nvcc are all it needs.
-GPU_TESTS := $(addprefix tests/test_,attention.py conv2d.py diffusion.py elementwise.py geglu.py gelu.py groupnorm.py \
-	layernorm.py linear.py mse.py optim.py random.py silu.py)
-SANITIZE := compute-sanitizer --error-exitcode 1 --target-processes all
+# On a machine with a GPU, with its own Python: numpy, cupy, pytest, pybind11, ninja and nvcc are all it needs, and torch
+# for the benchmarks.
+GPU_TESTS := $(addprefix tests/test_,gpu.py attention.py conv2d.py diffusion.py elementwise.py geglu.py gelu.py \
+	groupnorm.py layernorm.py linear.py mse.py optim.py random.py silu.py)
+GPU_PYTEST := -m pytest --require-gpu -W default
+SANITIZE := compute-sanitizer --error-exitcode 1 --target-processes all --report-api-errors no --kernel-name kns=minidiff
 
 gpu-build:
-	MINIDIFF_MODULES=_cuda $(PYTHON) setup.py -q build_ext --inplace
+	MINIDIFF_MODULES=_cuda,_emulated \
+		MINIDIFF_ARCHITECTURES=$$($(PYTHON) -c 'import cupy; print(cupy.cuda.Device().compute_capability)') \
+		$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -c 'import minidiff._cuda'
 
 gpu-test: gpu-build  ## test the CUDA kernels on a GPU, then memcheck and racecheck on small shapes
-	$(PYTHON) -m pytest --require-gpu $(GPU_TESTS) -k cuda
-	for tool in memcheck racecheck; do $(SANITIZE) --tool $$tool $(PYTHON) -m pytest --require-gpu \
-		$(addprefix tests/test_,attention.py conv2d.py groupnorm.py layernorm.py linear.py) -k cuda || exit 1; done
+	CUDA_LAUNCH_BLOCKING=1 $(PYTHON) $(GPU_PYTEST) --maxfail=40 $(GPU_TESTS) -k "cuda or test_gpu"
+	for tool in memcheck racecheck; do $(SANITIZE) --tool $$tool $(PYTHON) $(GPU_PYTEST) tests/test_gpu.py \
+		-k test_a_rung_is_right || exit 1; done
 
 gpu-bench: gpu-build  ## measure the CUDA kernels beside PyTorch: benchmarks/results/DEVICE/
-	$(PYTHON) benchmarks/bench_gpu.py --seconds 200
-	$(PYTHON) benchmarks/bench_gpu_steps.py --seconds 180
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_agreement.py
+	PYTHONPATH=. $(PYTHON) benchmarks/bench_gpu_steps.py --seconds 180
+	PYTHONPATH=. $(PYTHON) benchmarks/bench_gpu.py --seconds 180
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) build minidiff/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

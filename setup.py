@@ -6,7 +6,8 @@
     minidiff._checked   the same, with every access to memory watched
 
 A module that cannot be built, for want of a compiler or for any other reason, is left out: the package installs all the
-same and computes with NumPy; `minidiff doctor` says so. MINIDIFF_MODULES=_cpu,_emulated builds these alone.
+same and computes with NumPy; `minidiff doctor` says so. MINIDIFF_MODULES=_cpu,_emulated builds these alone;
+MINIDIFF_ARCHITECTURES=90 compiles for that compute capability alone.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ CHECKED = (
     f"{ANY} -O1 -g {WARN} -Wno-unknown-pragmas -fsanitize=thread -fsanitize=bounds -fsanitize-undefined-trap-on-error "
     "-fno-tree-sra -fno-tree-vectorize -fno-tree-slp-vectorize -fno-store-merging --param tsan-distinguish-volatile=1"
 )
-ARCHITECTURES = ("75", "80", "90")  # and PTX of the last for what comes after it
-NVCC = "-std=c++17 -O3 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden " + " ".join(
+ARCHITECTURES = os.environ.get("MINIDIFF_ARCHITECTURES", "75,80,90").split(",")  # and PTX of the last, for later ones
+NVCC = "-std=c++17 -O3 -lineinfo -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden " + " ".join(
     [f"-gencode arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     + [f"-gencode arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"]
 )

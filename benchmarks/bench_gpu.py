@@ -4,10 +4,11 @@
     python benchmarks/bench_gpu.py --rehearsal      # tiny arrays on the emulator and PyTorch's CPU: does it work?
 
 Results are compared with float64 first; what is wrong is not timed. Inputs rotate among sets that together have five
-times the size of the L2 cache, so every call finds them cold. Times are CUDA events around one call, median and the
-20th and 80th percentile. Memory-bound ops are given as a share of a measured copy, products as a share of the best
-measured matrix product of their precision. PyTorch runs eagerly in float32 without and with TF32, in bfloat16 (channels
-last), and compiled (default and max-autotune). Writes results/DEVICE/ops.json and ops.md.
+times the size of the L2 cache, so every call finds them cold. Times are CUDA events around one call, all of them queued
+before the first begins; median and the 20th and 80th percentile. Memory-bound ops are given as a share of a measured
+copy, products as a share of the best measured matrix product of their precision. PyTorch runs eagerly in float32
+without and with TF32 and in bfloat16 (channels last; bfloat16 goes in and out, where ours has float32), and in what
+time is left compiled (default and max-autotune). Writes results/DEVICE/ops.json and ops.md, after every case.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from minidiff.backend import MODULES
 
 RESULTS = Path(__file__).parent / "results"
 WRONG = {"fp32": 1e-4, "tf32": 3e-3, "bf16": 2e-2}  # rms error, relative; beyond it a result is wrong
-REPEATS, WARM_UP = 30, 5
+REPEATS, SECONDS = 30, 0.3  # of one row
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Case:
     inputs: list[tuple[int, ...]]
     ours: Callable[..., Any]  # (kernels, *arrays) -> array or arrays
     torchs: Callable[..., Any]  # (*tensors) -> tensor or tensors; also run in float64 as the reference
+    for_torch: Callable[..., Any] = lambda *tensors: tensors  # its inputs in PyTorch's own layout
     flops: float = 0.0  # of a product; 0: bound by memory
     numbers: float = 0.0  # read and written, as few as can be, where the op is bound by memory
 
@@ -80,13 +82,16 @@ def convolution(B: int, H: int, C: int, N: int, stride: int) -> Iterator[Case]:
     shape, sides, out = f"{B}x {H}x{H}, {C} -> {N}, stride {stride}", ((1, 1), (1, 1)), (H - 1) // stride + 1
     flops = 2.0 * B * out * out * 9 * C * N
 
+    def channels_last(x: Any, w: Any, *dy: Any) -> Any:
+        x, *dy = (a.permute(0, 3, 1, 2) for a in (x, *dy))
+        return x, w.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last), *dy
+
     def torchs(x: Any, w: Any) -> Any:
-        return F.conv2d(x.permute(0, 3, 1, 2), w.permute(3, 2, 0, 1), None, stride, 1).permute(0, 2, 3, 1)
+        return F.conv2d(x, w, None, stride, 1).permute(0, 2, 3, 1)
 
     def backward(x: Any, w: Any, dy: Any) -> Any:
         return torch.ops.aten.convolution_backward(
-            dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), w.permute(3, 2, 0, 1), None, [stride] * 2, [1, 1], [1, 1],
-            False, [0, 0], 1, [True, True, False],
+            dy, x, w, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, [True, True, False],
         )  # fmt: skip
 
     def both(x: Any, w: Any, dy: Any) -> Any:
@@ -100,16 +105,22 @@ def convolution(B: int, H: int, C: int, N: int, stride: int) -> Iterator[Case]:
     arrays = [(B, H, H, C), (3, 3, C, N), (B, out, out, N)]
     yield Case(
         "conv2d_forward", "conv2d", shape, arrays[:2], lambda k, x, w: k.conv2d_forward(x, w, None, stride, sides),
-        torchs, flops,
+        torchs, channels_last, flops,
     )  # fmt: skip
-    yield Case("conv2d_backward", "conv2d", shape, arrays, ours_backward, both, 2 * flops)
+    yield Case("conv2d_backward", "conv2d", shape, arrays, ours_backward, both, channels_last, 2 * flops)
 
 
 def linear_forward(M: int, K: int, N: int) -> Case:
     """x W."""
     ours = lambda k, x, w: k.linear_forward(x, w, None)[0]  # noqa: E731
     return Case(
-        "linear_forward", "linear", f"({M}, {K}) ({K}, {N})", [(M, K), (K, N)], ours, torch.matmul, 2.0 * M * K * N
+        "linear_forward",
+        "linear",
+        f"({M}, {K}) ({K}, {N})",
+        [(M, K), (K, N)],
+        ours,
+        torch.matmul,
+        flops=2.0 * M * K * N,
     )
 
 
@@ -118,7 +129,13 @@ def linear_backward(M: int, K: int, N: int) -> Case:
     ours = lambda k, x, w, dy: k.linear_backward(dy, x, w, True)  # noqa: E731
     torchs = lambda x, w, dy: (dy @ w.T, x.T @ dy, dy.sum(0))  # noqa: E731
     return Case(
-        "linear_backward", "linear", f"({M}, {K}) ({K}, {N})", [(M, K), (K, N), (M, N)], ours, torchs, 4.0 * M * K * N
+        "linear_backward",
+        "linear",
+        f"({M}, {K}) ({K}, {N})",
+        [(M, K), (K, N), (M, N)],
+        ours,
+        torchs,
+        flops=4.0 * M * K * N,
     )
 
 
@@ -147,7 +164,7 @@ def group_norm_backward(B: int, P: int, C: int, G: int) -> Case:
     def torchs(x: Any, gain: Any, offset: Any, dy: Any) -> Any:
         each = gain.expand(B, C), offset.expand(B, C)
         with torch.enable_grad():
-            leaves = [a.detach().clone().requires_grad_() for a in (x, *each)]
+            leaves = [a.detach().requires_grad_() for a in (x, *each)]
             y = F.silu(_normalised(leaves[0], G) * leaves[1][:, None] + leaves[2][:, None])
         return torch.autograd.grad(y, leaves, dy)
 
@@ -174,7 +191,7 @@ def layer_norm_backward(rows: int, D: int) -> Case:
 
     def torchs(x: Any, g: Any, b: Any, dy: Any) -> Any:
         with torch.enable_grad():
-            leaves = [a.detach().clone().requires_grad_() for a in (x, g, b)]
+            leaves = [a.detach().requires_grad_() for a in (x, g, b)]
             y = F.layer_norm(leaves[0], (D,), leaves[1], leaves[2])
         return torch.autograd.grad(y, leaves, dy)
 
@@ -200,7 +217,7 @@ def attention_forward(B: int, Lq: int, Lk: int, heads: int, d: int) -> Case:
 
     shape = f"{B}x {heads} heads of {d}, {Lq} to {Lk}"
     return Case("attention_forward", "attention", shape, [(B, Lq, D), (B, Lk, D), (B, Lk, D)], ours, torchs,
-                4.0 * B * Lq * Lk * D)  # fmt: skip
+                flops=4.0 * B * Lq * Lk * D)  # fmt: skip
 
 
 def attention_backward(B: int, Lq: int, Lk: int, heads: int, d: int) -> Case:
@@ -213,12 +230,14 @@ def attention_backward(B: int, Lq: int, Lk: int, heads: int, d: int) -> Case:
 
     def torchs(q: Any, k: Any, v: Any, dy: Any) -> Any:
         with torch.enable_grad():
-            leaves = [a.detach().clone().requires_grad_() for a in (q, k, v)]
+            leaves = [a.detach().requires_grad_() for a in (q, k, v)]
             y = forward.torchs(*leaves)
         return torch.autograd.grad(y, leaves, dy)
 
     inputs = [*forward.inputs, forward.inputs[0]]
-    return Case("attention forward + backward", "attention", forward.shape, inputs, ours, torchs, 3.5 * forward.flops)
+    return Case(
+        "attention forward + backward", "attention", forward.shape, inputs, ours, torchs, flops=3.5 * forward.flops
+    )
 
 
 # ---- the machine
@@ -243,20 +262,24 @@ class Gpu:
         """The same memory as CuPy's."""
         return self.cupy.asarray(tensor)
 
-    def time(self, calls: list[Callable[[], Any]], repeats: int) -> list[float]:
-        """Milliseconds of each of `repeats` calls, taken in turn from the list."""
+    def time(self, calls: list[Callable[[], Any]]) -> list[float]:
+        """Milliseconds of calls, taken in turn from the list: up to REPEATS in about SECONDS."""
         with self.cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
-            for i in range(WARM_UP):
-                calls[i % len(calls)]()
-            events = [
-                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
-            ]
-            for i, (start, end) in enumerate(events):
-                start.record()
-                calls[i % len(calls)]()
-                end.record()
-            torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in events]
+            calls[0]()
+            first = self._events(calls[-1:], 1)[0]
+            repeats = int(np.clip(1000 * SECONDS / first, 2, REPEATS))
+            self._events(calls, min(repeats, 5))
+            return self._events(calls, repeats)
+
+    def _events(self, calls: list[Callable[[], Any]], repeats: int) -> list[float]:
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        torch.cuda._sleep(20_000_000)  # about 10 ms, in which the calls queue up
+        for i, (start, end) in enumerate(pairs):
+            start.record()
+            calls[i % len(calls)]()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in pairs]
 
     def forget(self) -> None:
         """Give back what is cached, and count memory from here."""
@@ -280,7 +303,7 @@ class Rehearsal:
         """The same memory as NumPy's."""
         return tensor.numpy()
 
-    def time(self, calls: list[Callable[[], Any]], repeats: int) -> list[float]:
+    def time(self, calls: list[Callable[[], Any]]) -> list[float]:
         """Milliseconds of a few calls."""
         times = []
         for i in range(2):
@@ -308,7 +331,7 @@ def ceilings(machine: Any, small: bool) -> dict[str, float]:
     """Bytes a second of a large copy (read and written), and operations a second of square products by precision."""
     n = 1 << 12 if small else 1 << 28
     a, b = (torch.empty(n, dtype=torch.float32, device=machine.device) for _ in range(2))
-    found = {"copy": 8 * n / (1e-3 * min(machine.time([lambda: b.copy_(a)], 20)))}
+    found = {"copy": 8 * n / (1e-3 * min(machine.time([lambda: b.copy_(a)])))}
     side = 64 if small else 8192
     for name, dtype, tf32 in (
         ("fp32", torch.float32, False),
@@ -317,7 +340,7 @@ def ceilings(machine: Any, small: bool) -> dict[str, float]:
     ):
         torch.backends.cuda.matmul.allow_tf32 = tf32
         x, y = (torch.randn(side, side, device=machine.device).to(dtype) for _ in range(2))
-        best = min(machine.time([lambda x=x, y=y: x @ y], 20))
+        best = min(machine.time([lambda x=x, y=y: x @ y]))
         found[name] = 2.0 * side**3 / (1e-3 * best)
     return found
 
@@ -325,61 +348,60 @@ def ceilings(machine: Any, small: bool) -> dict[str, float]:
 # ---- one case
 
 
-def measure(case: Case, machine: Any, limits: dict[str, float], compiled: bool) -> list[dict[str, Any]]:
-    """A row for each rung and each way of PyTorch."""
-    floats = sum(math.prod(shape) for shape in case.inputs)
-    sets = max(2, math.ceil(5 * machine.l2 / (4 * floats)) + 1)
-    torch.manual_seed(0)
-    tensors = [[torch.randn(s, device=machine.device) for s in case.inputs] for _ in range(sets)]
-    with torch.no_grad():
-        exact = flat(case.torchs(*(t.double() for t in tensors[0])))
-    kernels = MODULES[machine.kind]
-    arrays = [[machine.ours(t) for t in one] for one in tensors]
-    rows = []
-    ladders = {n: r for n, r in kernels.module.ladders().items() if n.startswith(case.ladder)}
+class Inputs:
+    """A case's inputs, as many sets as leave the cache cold, and its exact results."""
+
+    def __init__(self, case: Case, machine: Any):
+        floats = sum(math.prod(shape) for shape in case.inputs)
+        sets = max(2, math.ceil(5 * machine.l2 / (4 * floats)) + 1)
+        torch.manual_seed(0)
+        self.tensors = [[torch.randn(s, device=machine.device) for s in case.inputs] for _ in range(sets)]
+        with torch.no_grad():
+            self.exact = flat(case.torchs(*case.for_torch(*(t.double() for t in self.tensors[0]))))
+
+
+def ours(case: Case, inputs: Inputs, machine: Any, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """A row for each rung."""
+    module = MODULES[machine.kind].module
+    arrays = [[machine.ours(t) for t in one] for one in inputs.tensors]
+    calls = [lambda a=a: case.ours(MODULES[machine.kind], *a) for a in arrays]
+    ladders = {n: r for n, r in module.ladders().items() if n.startswith(case.ladder)}
     for rung in range(1, max(map(len, ladders.values())) + 1):
-        names = {r[min(rung, len(r)) - 1][0]: r[min(rung, len(r)) - 1][3] for r in ladders.values()}
-        for name, rungs in ladders.items():
-            kernels.module.choose(name, min(rung, len(rungs)))
-        calls = [lambda a=a: case.ours(kernels, *a) for a in arrays]
-        operands = max(names.values(), key=list(WRONG).index)
-        rows.append(row(case, machine, limits, f"{rung} {next(iter(names))}", operands, calls, exact))
+        here = {name: min(rung, len(rungs)) for name, rungs in ladders.items()}
+        for name, number in here.items():
+            module.choose(name, number)
+        steps = [ladders[name][number - 1] for name, number in here.items()]
+        operands = max((step[3] for step in steps), key=list(WRONG).index)
+        yield row(case, machine, limits, f"{rung} {steps[0][0]}", operands, calls, inputs.exact)
     for name in ladders:
-        kernels.module.choose(name, 0)
-    for way, operands, calls in rivals(case, tensors, compiled):
-        rows.append(row(case, machine, limits, way, operands, calls, exact))
-    return rows
+        module.choose(name, 0)
 
 
-def rivals(case: Case, tensors: list[list[Any]], compiled: bool) -> Iterator[tuple[str, str, list[Callable[[], Any]]]]:
-    """PyTorch's ways."""
-
-    def calls(function: Callable[..., Any], sets: list[list[Any]]) -> list[Callable[[], Any]]:
-        def call(one: list[Any]) -> Any:
-            with torch.no_grad():
-                return function(*one)
-
-        return [lambda one=one: call(one) for one in sets]
-
-    halves = [[t.bfloat16() for t in one] for one in tensors]
-    for operands, sets in (("fp32", tensors), ("tf32", tensors), ("bf16", halves)):
+def rivals(
+    case: Case, inputs: Inputs, machine: Any, limits: dict[str, float], compiled: bool
+) -> Iterator[dict[str, Any]]:
+    """PyTorch's ways: eager, or compiled."""
+    torch.backends.cudnn.benchmark = True
+    for operands in ("bf16", "fp32", "tf32"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = operands == "tf32"
-        torch.backends.cudnn.benchmark = True
-        yield f"PyTorch eager {operands}", operands, calls(case.torchs, sets)
-        if compiled:
-            for mode in ("default", "max-autotune-no-cudagraphs"):
-                fast = torch.compile(case.torchs, mode=mode)
-                yield f"PyTorch compiled {operands} {mode}", operands, calls(fast, sets)
+        dtype = torch.bfloat16 if operands == "bf16" else torch.float32
+        sets = [[t.to(dtype) for t in case.for_torch(*one)] for one in inputs.tensors]
+        for mode in ("default", "max-autotune-no-cudagraphs") if compiled else (None,):
+            if mode:
+                torch._dynamo.reset()  # after a few shapes it would fall back to eager code
+            function = torch.compile(case.torchs, mode=mode, dynamic=False) if mode else case.torchs
+
+            def call(one: list[Any], function: Callable[..., Any] = function) -> Any:
+                with torch.no_grad():
+                    return function(*one)
+
+            calls = [lambda one=one, call=call: call(one) for one in sets]
+            way = f"PyTorch compiled {operands} {mode}" if mode else f"PyTorch eager {operands}"
+            yield row(case, machine, limits, way, operands, calls, inputs.exact)
 
 
 def row(
-    case: Case,
-    machine: Any,
-    limits: dict[str, float],
-    way: str,
-    operands: str,
-    calls: list[Any],
-    exact: list[np.ndarray],
+    case: Case, machine: Any, limits: dict[str, float], way: str, operands: str, calls: list[Any], exact: list[Any]
 ) -> dict[str, Any]:
     """Error first; then the times, if it is right."""
     result: dict[str, Any] = {"op": case.op, "shape": case.shape, "way": way, "operands": operands}
@@ -387,8 +409,10 @@ def row(
         result["error"] = max(error(got, want) for got, want in zip(flat(calls[0]()), exact, strict=True))
         if not result["error"] <= WRONG[operands]:
             return {**result, "wrong": True}
-        times = np.array(machine.time(calls, REPEATS))
-    except Exception as e:  # one way that fails does not end the others
+        times = np.array(machine.time(calls))
+    except Exception as e:  # one way that fails does not end the others, unless it has broken the device
+        if any(word in str(e) for word in ("illegal", "misaligned", "unspecified launch failure", "assert")):
+            raise
         return {**result, "failed": f"{type(e).__name__}: {e}"[:300]}
     result |= dict(zip(("ms", "p20", "p80"), np.percentile(times, (50, 20, 80)).tolist(), strict=True))
     if case.flops:
@@ -401,18 +425,17 @@ def row(
     return result
 
 
-def flat(results: Any) -> list[np.ndarray]:
-    """Results as NumPy arrays in float64."""
+def flat(results: Any) -> list[Any]:
+    """Results as tensors in float64, where they are."""
     results = results if isinstance(results, tuple | list) else (results,)
-    arrays = [r.detach().double().cpu().numpy() if torch.is_tensor(r) else r for r in results]
-    return [np.asarray(a.get() if hasattr(a, "get") else a, np.float64) for a in arrays]
+    return [torch.as_tensor(r).detach().double() for r in results]
 
 
-def error(got: np.ndarray, want: np.ndarray) -> float:
+def error(got: Any, want: Any) -> float:
     """Root mean square of the difference, relative; a gradient that the other keeps an image is summed."""
     if got.shape != want.shape:
-        got = got.reshape(-1, *want.shape).sum(0) if got.size > want.size else got.reshape(want.shape)
-    return float(np.sqrt(np.mean((got - want) ** 2)) / max(np.sqrt(np.mean(want**2)), 1e-30))
+        got = got.reshape(-1, *want.shape).sum(0) if got.numel() > want.numel() else got.reshape(want.shape)
+    return float((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp_min(1e-30))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -444,26 +467,20 @@ def main() -> None:
     started = time.time()
     limits = ceilings(machine, args.rehearsal)
     print({name: f"{value:.3g}" for name, value in limits.items()}, flush=True)
-    rows, left_out = [], []
-    for case in cases(args.rehearsal):
-        if not case.op.startswith(args.only):
-            continue
-        if time.time() - started > args.seconds:
-            left_out.append(f"{case.op} {case.shape}")
-            continue
-        rows += measure(case, machine, limits, not (args.no_compile or args.rehearsal))
-        print(case.op, case.shape, f"{time.time() - started:.0f} s", flush=True)
-    if not args.rehearsal:
-        folder = results_folder(machine)
-        about = {
-            "device": machine.name,
-            "torch": torch.__version__,
-            "ceilings": limits,
-            "left_out": left_out,
-            "rows": rows,
-        }
-        (folder / "ops.json").write_text(json.dumps(about, indent=1) + "\n")
-        (folder / "ops.md").write_text(table(rows))
+    rows: list[dict[str, Any]] = []
+    for compiled in (False,) if args.no_compile or args.rehearsal else (False, True):
+        for case in cases(args.rehearsal):
+            if not case.op.startswith(args.only) or time.time() - started > args.seconds:
+                continue
+            inputs = Inputs(case, machine)
+            if not compiled:
+                rows += ours(case, inputs, machine, limits)
+            rows += rivals(case, inputs, machine, limits, compiled)
+            if not args.rehearsal:
+                about = {"device": machine.name, "torch": torch.__version__, "ceilings": limits, "rows": rows}
+                (results_folder(machine) / "ops.json").write_text(json.dumps(about, indent=1) + "\n")
+                (results_folder(machine) / "ops.md").write_text(table(rows))
+            print(case.op, case.shape, "compiled" * compiled, f"{time.time() - started:.0f} s", flush=True)
     print(table(rows))
     broken = [r for r in rows if "ms" not in r and not r["way"].startswith("PyTorch")]
     if broken:

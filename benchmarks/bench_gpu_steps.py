@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bench_gpu import WRONG, Gpu, Rehearsal, results_folder
-from torch_unet import TorchUNet, load
+from torch_unet import TorchUNet, load, our_layout
 
 from minidiff import kernels, ops
 from minidiff.backend import MODULES
@@ -32,7 +32,6 @@ from minidiff.models import UNet, UNetConfig
 from minidiff.models.unet import parameter_count
 from minidiff.optim import AdamW
 
-REPEATS = 20
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
@@ -149,9 +148,7 @@ class Torchs:
         x, t, target, tokens = self.given(batch, torch.float64)
         loss = F.mse_loss(model(x, t, tokens), target)
         loss.backward()
-        grads = {name: p.grad.cpu().numpy() for name, p in model.named_parameters()}
-        ours = {n: g.transpose(2, 3, 1, 0) if g.ndim == 4 else g.T if _is_matrix(n, g) else g for n, g in grads.items()}
-        return loss.item(), ours
+        return loss.item(), {name: our_layout(p.grad) for name, p in model.named_parameters()}
 
     def step(self, precision: str, mode: str | None) -> Callable[[], None]:
         """One training step; mode of torch.compile, None: eager."""
@@ -163,7 +160,9 @@ class Torchs:
             with torch.autocast(self.machine.device, torch.bfloat16, enabled=precision == "bf16"):
                 return F.mse_loss(model(x, t, tokens).float(), target)
 
-        called = torch.compile(loss_of, mode=mode) if mode else loss_of
+        if mode:
+            torch._dynamo.reset()
+        called = torch.compile(loss_of, mode=mode, dynamic=False) if mode else loss_of
 
         def step() -> None:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -173,10 +172,6 @@ class Torchs:
             optimizer.zero_grad()
 
         return step
-
-
-def _is_matrix(name: str, g: np.ndarray) -> bool:
-    return g.ndim == 2 and name.endswith("weight")
 
 
 # ---- measuring
@@ -239,7 +234,7 @@ def timed(machine: Any, make: Callable[[], Callable[[], None]]) -> dict[str, Any
     try:
         machine.forget()
         step = make()
-        times = machine.time([step], REPEATS)
+        times = machine.time([step])
         memory = machine.memory()
     except Exception as e:  # one way that fails does not end the others
         return {"failed": f"{type(e).__name__}: {e}"[:300]}
@@ -286,10 +281,10 @@ def main() -> None:
         for row in measure(name, network, machine, share, not (args.no_compile or args.rehearsal)):
             rows.append(row)
             print(json.dumps(row), f"{time.time() - started:.0f} s", flush=True)
-    if not args.rehearsal:
-        about = {"device": machine.name, "torch": torch.__version__, "rows": rows}
-        (results_folder(machine) / "steps.json").write_text(json.dumps(about, indent=1) + "\n")
-        (results_folder(machine) / "steps.md").write_text(table(rows))
+            if not args.rehearsal:
+                about = {"device": machine.name, "torch": torch.__version__, "rows": rows}
+                (results_folder(machine) / "steps.json").write_text(json.dumps(about, indent=1) + "\n")
+                (results_folder(machine) / "steps.md").write_text(table(rows))
     print(table(rows))
     broken = [r for r in rows if "ms" not in r and r["side"] == "minidiff"]
     if broken:

@@ -35,7 +35,7 @@ struct type_caster<minidiff::View> {
   }
 
  private:
-  // The CUDA Array Interface, version 3; CuPy's arrays say besides which GPU they are on.
+  // The CUDA Array Interface, version 3; the arrays of CuPy and PyTorch say besides which GPU they are on.
   bool load_from_gpu(handle source) {
     value.device = minidiff::Device::cuda;
     if (value.device != minidiff::Device::MINIDIFF_DEVICE) return true;  // the checks refuse it
@@ -52,8 +52,9 @@ struct type_caster<minidiff::View> {
       value.strides.assign(value.shape.size(), 4);
       for (size_t i = value.shape.size(); i-- > 1;) value.strides[i - 1] = value.strides[i] * value.shape[i];
     }
-    if (hasattr(source, "device") && hasattr(source.attr("device"), "id"))
-      value.ordinal = source.attr("device").attr("id").cast<int>();
+    if (hasattr(source, "device"))
+      for (const char* number : {"id", "index"})  // CuPy's name, PyTorch's
+        if (hasattr(source.attr("device"), number)) value.ordinal = source.attr("device").attr(number).cast<int>();
     return true;
   }
 };

@@ -127,9 +127,12 @@ class _WhenNeeded:
     """The kernels for a GPU before their first use: importing minidiff imports no CuPy and touches no GPU."""
 
     def __getattr__(self, name: str) -> Any:
-        from minidiff import cuda
-
-        MODULES.update(cuda.kinds())
+        try:
+            from minidiff import cuda
+        except ImportError as e:  # there, but not usable, for want of a driver
+            missing["cuda"] = str(e)
+            raise AttributeError(name) from e
+        MODULES["cuda"] = cuda.kinds()["cuda"]
         return getattr(MODULES["cuda"], name)
 
 

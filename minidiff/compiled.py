@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from minidiff.backend import REFERENCE, Array, gpu_kernel
+from minidiff.backend import REFERENCE, Array, array_module, gpu_kernel
 from minidiff.random import Draw, Purpose, check_counters
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -408,8 +408,11 @@ def q_sample_drawn(on: Compiled, x0: Array, signal: Array, noise: Array, predict
 
 @_op
 def normal(
-    on: Compiled, seed: int, samples: Sequence[int], step: int, purpose: Purpose, shape: tuple[int, ...]
-) -> np.ndarray:
+    on: Compiled,
+    seed: int, samples: Sequence[int], step: int, purpose: Purpose, shape: tuple[int, ...], like: Array | None = None,
+) -> Array:  # fmt: skip
+    if array_module(like) is not on.xp:
+        return REFERENCE["normal"](seed, samples, step, purpose, shape, like)
     out = on.empty((len(samples), *shape))
     on.module.normal(_samples(out), *_checked(Draw(seed, samples, step, purpose)))
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ def _begin() -> None:
     _cuda.set_stream(cupy.cuda.get_current_stream().ptr)
 
 
+@cache
 def kinds() -> dict[str, SimpleNamespace]:
     """The kind "cuda"; ImportError without CuPy or the module."""
     return {"cuda": offered(Compiled(_cuda, cupy, _begin), module=_cuda)}

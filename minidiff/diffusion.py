@@ -69,7 +69,7 @@ def q_sample_drawn(x0: Array, signal: Array, noise: Array, prediction: str, draw
 
     signal = sqrt(alpha_bar_t) and noise = sqrt(1 - alpha_bar_t) are (B,).
     """
-    eps = array_module(x0).asarray(normal(*draw, x0.shape[1:]))
+    eps = normal(*draw, x0.shape[1:], x0)
     s, n = per_sample(signal, x0), per_sample(noise, x0)
     return s * x0 + n * eps, {"eps": eps, "v": s * eps - n * x0, "x0": None}[prediction]
 
@@ -213,7 +213,7 @@ def reverse_step_drawn(
     clip: float | None, of_x0: float, of_eps: float, of_z: float,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """`reverse_step` with the noise drawn on the way: z says which."""
-    drawn = array_module(x_t).asarray(normal(*z, x_t.shape[1:]))
+    drawn = normal(*z, x_t.shape[1:], x_t)
     return reverse_step(x_t, eps_cond, eps_uncond, drawn, w, signal, noise, clip, of_x0, of_eps, of_z)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minidiff.backend import Array, kernel
+from minidiff.backend import Array, array_module, kernel
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1: what the key grows by each round
@@ -77,8 +77,12 @@ def uniform(seed: int, samples: Sequence[int], step: int, purpose: Purpose, elem
 
 
 @kernel
-def normal(seed: int, samples: Sequence[int], step: int, purpose: Purpose, shape: tuple[int, ...]) -> np.ndarray:
+def normal(
+    seed: int, samples: Sequence[int], step: int, purpose: Purpose, shape: tuple[int, ...], like: Array | None = None
+) -> Array:
     """Standard normal numbers, float32 (len(samples), *shape), the elements counted in C order.
+
+    like: an array on the device where they are wanted; None: in the computer's own memory.
 
     Box-Muller: words (a, b) give u = (a + 1) / 2^32 in (0, 1], so that log(u) is finite, an angle 2 pi b / 2^32, and
     the pair  sqrt(-2 log u) cos(angle), sqrt(-2 log u) sin(angle).
@@ -89,4 +93,5 @@ def normal(seed: int, samples: Sequence[int], step: int, purpose: Purpose, shape
     radius = np.sqrt(-2 * np.log((words[..., 0] + 1) * np.float32(2.0**-32)))
     angle = words[..., 1] * np.float32(2 * math.pi * 2.0**-32)
     pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
-    return pairs.reshape(len(samples), words.shape[1] * 2)[:, :elements].reshape(len(samples), *shape)
+    numbers = pairs.reshape(len(samples), words.shape[1] * 2)[:, :elements].reshape(len(samples), *shape)
+    return array_module(like).asarray(numbers)

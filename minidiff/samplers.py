@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minidiff.backend import Array, array_module
+from minidiff.backend import Array
 from minidiff.diffusion import (
     Model,
     clip_x0,
@@ -76,7 +76,7 @@ def ddpm(
     for i, (t, t_prev) in enumerate(_pairs(timesteps, schedule)):
         z = noise(i) if t_prev > 0 else None
         if isinstance(z, Draw):
-            z = array_module(x_t).asarray(normal(*z, x_t.shape[1:]))
+            z = normal(*z, x_t.shape[1:], x_t)
         step = denoise_step(model, x_t, t, cond, uncond, w, z, schedule, t_prev, sigma_kind, clip)
         x0 = predict_x0(x_t, t, step.eps, schedule) if clip is None else clip_x0(x_t, t, step.eps, schedule, clip)[0]
         yield SamplerStep(t, t_prev, x_t, x0, step.eps, step.x_prev)

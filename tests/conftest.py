@@ -7,6 +7,7 @@ from pathlib import Path
 import helpers
 import numpy as np
 import pytest
+import strict_cupy
 
 from minidiff.backend import MODULES, kernels
 
@@ -39,11 +40,16 @@ def pytest_addoption(parser):
     parser.addoption(
         "--require-gpu", action="store_true", help="fail, instead of skip, where there is no GPU to test on"
     )
+    parser.addoption(
+        "--stand-in", action="store_true", help="take the emulator and a stand-in of CuPy for a GPU: do its tests run?"
+    )
     parser.addoption("--checked", action="store_true", help="run the op tests in the emulator's checked build too")
 
 
 def pytest_configure(config):
     helpers.skipping_allowed = not config.getoption("--require-torch")
+    if config.getoption("--stand-in"):
+        strict_cupy.install(sys.modules)
 
 
 def pytest_generate_tests(metafunc):

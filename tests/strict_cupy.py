@@ -7,9 +7,12 @@ through CuPy's arrays is tested where there is no GPU.
 
 import contextlib
 import functools
+import importlib
 import types
 
 import numpy as np
+
+from minidiff import backend
 
 _recording = None  # while a stream is captured: the calls that its graph will make
 
@@ -219,6 +222,16 @@ def module():
 
 def _of(function):
     return functools.partial(_run, function)
+
+
+def install(modules):
+    """Put both stand-ins in place, and make them the kind "cuda"; modules: sys.modules."""
+    emulated = importlib.import_module("minidiff._emulated")
+    modules["cupy"], modules["minidiff._cuda"] = module(), kernels_of(emulated)
+    modules.pop("minidiff.cuda", None)
+    backend.MODULES["cuda"] = importlib.import_module("minidiff.cuda").kinds()["cuda"]
+    backend.missing.pop("cuda", None)
+    return modules["cupy"]
 
 
 def kernels_of(emulated):

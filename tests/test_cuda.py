@@ -9,7 +9,7 @@ import strict_cupy
 from test_train import config
 
 from minidiff import Tensor, kernels
-from minidiff.backend import MODULES
+from minidiff.backend import MODULES, missing
 from minidiff.config import SampleConfig
 from minidiff.errors import UserError
 from minidiff.ops import silu
@@ -23,14 +23,15 @@ if "emulated" not in MODULES:
 @pytest.fixture
 def cupy(monkeypatch):
     """CuPy and minidiff._cuda as stand-ins."""
-    cupy = strict_cupy.module()
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    cuda = strict_cupy.kernels_of(importlib.import_module("minidiff._emulated"))
-    monkeypatch.setitem(sys.modules, "minidiff._cuda", cuda)
-    monkeypatch.delitem(sys.modules, "minidiff.cuda", raising=False)
-    monkeypatch.setitem(MODULES, "cuda", importlib.import_module("minidiff.cuda").kinds()["cuda"])
-    yield cupy
-    sys.modules.pop("minidiff.cuda", None)
+    for table, names in (
+        (sys.modules, ("cupy", "minidiff._cuda", "minidiff.cuda")),
+        (MODULES, ("cuda",)),
+        (missing, ("cuda",)),
+    ):
+        for name in names:
+            monkeypatch.setitem(table, name, None)  # so that what is there now comes back
+            del table[name]
+    return strict_cupy.install(sys.modules)
 
 
 def settings(**changes):

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from helpers import placed
 
 from minidiff import Tensor
+from minidiff.backend import to_numpy
 from minidiff.diffusion import (
     PREDICTIONS,
     classifier_free_guidance,
@@ -638,8 +640,9 @@ def test_the_fused_step_is_guidance_and_ddim(dtype, clip, eta, guided, rng):
     alpha_bar = s.alpha_bar_at(t)
     numbers = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), clip, *ddim_coefficients(t, eta, s, t_prev)
     numbers = [None if n is None else float(n) for n in numbers]
-    got = reverse_step(x_t, cond, uncond if guided else None, z if eta else None, w, *numbers)
-    for actual, reference in zip(got, wanted, strict=True):
+    arrays = (x_t, cond, uncond if guided else None, z if eta else None)
+    got = reverse_step(*(None if a is None else placed(a) for a in arrays), w, *numbers)
+    for actual, reference in zip(map(to_numpy, got), wanted, strict=True):
         assert actual.dtype == dtype
         np.testing.assert_allclose(actual, reference, atol=1e-5 if dtype == "float32" else 1e-13)
 
@@ -657,13 +660,15 @@ def test_a_step_may_draw_its_own_noise(z, shape, clip, rng):
     for numbers in [(3.5, 0.6, 0.8, clip, 0.7, 0.5, 0.5), (1.0, 0.6, 0.8, clip, 0.7, 0.5, 0.0)]:
         w, of_z = numbers[0], numbers[-1]
         wanted = reverse_step.reference(x_t, cond, uncond, normal.reference(*z, shape[1:]), *numbers)
-        got = reverse_step_drawn(x_t, cond, uncond, z, *numbers)
-        for actual, reference in zip(got, wanted, strict=True):
+        got = reverse_step_drawn(placed(x_t), placed(cond), placed(uncond), z, *numbers)
+        for actual, reference in zip(map(to_numpy, got), wanted, strict=True):
             assert actual.dtype == np.float32 and actual.shape == shape
             np.testing.assert_allclose(actual, reference, atol=2e-5)
         assert (w == 1) == (of_z == 0)
-    alone = reverse_step_drawn(x_t, cond, None, z, *numbers)
-    np.testing.assert_allclose(alone[2], reverse_step.reference(x_t, cond, None, None, *numbers)[2], atol=2e-5)
+    alone = reverse_step_drawn(placed(x_t), placed(cond), None, z, *numbers)
+    np.testing.assert_allclose(
+        to_numpy(alone[2]), reverse_step.reference(x_t, cond, None, None, *numbers)[2], atol=2e-5
+    )
 
 
 @pytest.mark.usefixtures("kernels_kind")
@@ -674,7 +679,8 @@ def test_training_may_draw_its_noise_on_the_way(noise, shape, prediction, rng):
     s, (B, *_) = cosine(T), (len(noise.samples),)
     x0, t = rng.standard_normal((B, *shape)).astype(np.float32), rng.integers(1, T + 1, B)
     eps = normal.reference(*noise, shape)
-    for got, wanted in zip(noised(x0, t, noise, s, prediction), noised(x0, t, eps, s, prediction), strict=True):
+    drawn, given = noised(placed(x0), t, noise, s, prediction), noised(x0, t, eps, s, prediction)
+    for got, wanted in zip(map(to_numpy, drawn), given, strict=True):
         assert got.dtype == np.float32 and got.shape == x0.shape
         np.testing.assert_allclose(got, wanted, atol=2e-5)
 
@@ -685,7 +691,7 @@ def test_more_samples_than_one_launch_draws(rng):
         Draw(1, range(700), 1, Purpose.TRAIN_NOISE),
         rng.standard_normal((3, 700)).astype(np.float32),
     )
-    x_t, target = q_sample_drawn(x0[:, None], signal, noise, "v", z)
+    x_t, target = map(to_numpy, q_sample_drawn(placed(x0[:, None]), placed(signal), placed(noise), "v", z))
     eps = normal.reference(*z, (1,))[:, 0]
     np.testing.assert_allclose(x_t[:, 0], signal * x0 + noise * eps, atol=2e-5)
     np.testing.assert_allclose(target[:, 0], signal * eps - noise * x0, atol=2e-5)

@@ -1,4 +1,5 @@
-// The device in use, the stream of the present call, and the workspace: memory that grows where it must and is then kept.
+// The device in use, the stream of the present call (a thread's own), and the workspace: memory that grows where it must and
+// is then kept.
 #include <algorithm>
 #include <map>
 #include <stdexcept>
@@ -16,11 +17,13 @@ struct Workspace {
   size_t floats = 0;
 };
 
-cudaStream_t current = nullptr;
+thread_local cudaStream_t current = nullptr;
 std::map<int, Workspace> workspaces;  // by device
 
 void check(cudaError_t e, const char* what) {
-  if (e != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(e));
+  if (e == cudaSuccess) return;
+  cudaGetLastError();  // told here: the next launch has nothing to do with it
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(e));
 }
 
 int attribute(cudaDeviceAttr which) {

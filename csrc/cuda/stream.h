@@ -15,7 +15,8 @@ namespace minidiff::cuda {
 cudaStream_t stream();
 
 // At least this many floats on the device, aligned to 256 bytes, until the next call of `workspace` in the same op; what
-// it holds is undefined. Where it must grow, the smaller one is kept too.
+// it holds is undefined. Where it must grow, the smaller one is kept too. A
+// device has one for all streams: ops on two of them at once would write into each other's.
 float* workspace(size_t floats);
 
 // The blocks that n threads' work makes, at least 1.

@@ -102,7 +102,7 @@ def attention(
     xp = array_module(q.data)
     added = None if bias is None else bias.data
     if mask is not None:
-        hidden = xp.where(mask, 0, -xp.inf).astype(q.dtype)[:, None, None, :]
+        hidden = xp.where(xp.asarray(mask), 0, -xp.inf).astype(q.dtype)[:, None, None, :]
         added = hidden if added is None else added + hidden
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1] // heads)
