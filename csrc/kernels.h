@@ -73,6 +73,11 @@ struct Linear {
 
 enum Pointwise { NO_ACTIVATION = -1, SILU, GELU_EXACT, GELU_TANH, GELU_QUICK, GEGLU };
 
+// What differs from one step of an optimizer to the next, in memory like its arrays; see ops.h.
+struct StepNumbers {
+  float g_factor, lr, beta1, beta2, eps, m_factor, v_factor, ema_share;
+};
+
 // One parameter of an optimizer's step; all arrays have n elements.
 struct Update {
   long n;
@@ -147,10 +152,9 @@ struct Kernels {
   void (*mse_backward)(float* da, const float* dy, const float* a, const float* b, long n);  // dy: one number
   void (*gradient_norm)(float* y, const Update*, int count);  // of every g; in float64 from piece to piece
 
-  void (*adamw)(const Update*, int count, float g_factor, float lr, float beta1, float beta2, float eps, float m_factor,
-                float v_factor, float ema_share);
-  void (*momentum)(const Update*, int count, float g_factor, float mu);
-  void (*descend)(const Update*, int count, float lr, float ema_share);
+  void (*adamw)(const Update*, int count, const StepNumbers*);
+  void (*momentum)(const Update*, int count, const StepNumbers*);
+  void (*descend)(const Update*, int count, const StepNumbers*);
   void (*orthogonalise)(const Orthogonal*, int count);
 
   void (*reverse_step)(const ReverseStep&);

@@ -291,51 +291,52 @@ void gradient_norm(View y, std::vector<View> g) {
   kernels_in_use()->gradient_norm(check.out(y, "y", {1}), list.data(), (int)list.size());
 }
 
-void adamw_update(std::vector<View> p, std::vector<View> g, std::vector<View> m, std::vector<View> v,
-                  std::vector<View> ema, std::vector<double> decay, double g_factor, double lr, double beta1, double beta2,
-                  double eps, int step, double ema_decay) {
-  Check check{"adamw_update"};
-  size_t count = p.size();
-  check.that(g.size() == count && m.size() == count && v.size() == count && ema.size() == count && decay.size() == count,
-             "p", "and the other lists must be of one length");
-  std::vector<Update> updates(count);
-  for (size_t i = 0; i < count; i++) {
-    int64_t n = rows_of(p[i]);
-    updates[i] = {n,
-                  check.update(p[i], "p", {n}),
-                  check.update(m[i], "m", {n}),
-                  check.update(v[i], "v", {n}),
-                  check.update(ema[i], "ema", {n}),
-                  check.in(g[i], "g", {n}),
-                  (float)decay[i]};
-  }
-  kernels_in_use()->adamw(updates.data(), (int)count, (float)g_factor, (float)lr, (float)beta1, (float)beta2, (float)eps,
-                (float)(1 / (1 - std::pow(beta1, step))), (float)(1 / (1 - std::pow(beta2, step))), (float)(1 - ema_decay));
+static const StepNumbers* step_numbers(const Check& check, const View& numbers) {
+  return (const StepNumbers*)check.in(numbers, "numbers", {sizeof(StepNumbers) / sizeof(float)});
+}
+static void of_one_length(const Check& check, size_t count, std::initializer_list<size_t> others) {
+  for (size_t n : others) check.that(n == count, "p", "and the other lists must be of one length");
 }
 
-void muon_momentum(std::vector<View> u, std::vector<View> g, std::vector<View> m, double g_factor, double mu) {
+void adamw_update(std::vector<View> p, std::vector<View> g, std::vector<View> m, std::vector<View> v,
+                  std::vector<View> ema, std::vector<double> decay, View numbers) {
+  Check check{"adamw_update"};
+  of_one_length(check, p.size(), {g.size(), m.size(), v.size(), ema.size(), decay.size()});
+  std::vector<Update> updates(p.size());
+  for (size_t i = 0; i < p.size(); i++) {
+    const auto& shape = p[i].shape;
+    updates[i] = {p[i].size(),
+                  check.update(p[i], "p", shape),
+                  check.update(m[i], "m", shape),
+                  check.update(v[i], "v", shape),
+                  check.update(ema[i], "ema", shape),
+                  check.in(g[i], "g", shape),
+                  (float)decay[i]};
+  }
+  kernels_in_use()->adamw(updates.data(), (int)updates.size(), step_numbers(check, numbers));
+}
+void muon_momentum(std::vector<View> u, std::vector<View> g, std::vector<View> m, View numbers) {
   Check check{"muon_momentum"};
-  check.that(g.size() == u.size() && m.size() == u.size(), "u", "and the other lists must be of one length");
+  of_one_length(check, u.size(), {g.size(), m.size()});
   std::vector<Update> updates(u.size());
   for (size_t i = 0; i < u.size(); i++) {
-    int64_t n = rows_of(u[i]);
-    updates[i] = {n, check.out(u[i], "u", {n}), check.update(m[i], "m", {n}), nullptr, nullptr, check.in(g[i], "g", {n}), 0};
+    const auto& shape = u[i].shape;
+    updates[i] = {u[i].size(), check.out(u[i], "u", shape), check.update(m[i], "m", shape), nullptr, nullptr,
+                  check.in(g[i], "g", shape), 0};
   }
-  kernels_in_use()->momentum(updates.data(), (int)updates.size(), (float)g_factor, (float)mu);
+  kernels_in_use()->momentum(updates.data(), (int)updates.size(), step_numbers(check, numbers));
 }
-void descend(std::vector<View> p, std::vector<View> u, std::vector<View> ema, double lr, std::vector<double> length,
-             std::vector<double> decay, double ema_decay) {
+void descend(std::vector<View> p, std::vector<View> u, std::vector<View> ema, std::vector<double> length,
+             std::vector<double> decay, View numbers) {
   Check check{"descend"};
-  size_t count = p.size();
-  check.that(u.size() == count && ema.size() == count && length.size() == count && decay.size() == count, "p",
-             "and the other lists must be of one length");
-  std::vector<Update> updates(count);
-  for (size_t i = 0; i < count; i++) {
-    int64_t n = rows_of(p[i]);
-    updates[i] = {n, check.update(p[i], "p", {n}), nullptr, nullptr, check.update(ema[i], "ema", {n}), check.in(u[i], "u", {n}),
-                  (float)decay[i], (float)length[i]};
+  of_one_length(check, p.size(), {u.size(), ema.size(), length.size(), decay.size()});
+  std::vector<Update> updates(p.size());
+  for (size_t i = 0; i < p.size(); i++) {
+    const auto& shape = p[i].shape;
+    updates[i] = {p[i].size(), check.update(p[i], "p", shape), nullptr, nullptr, check.update(ema[i], "ema", shape),
+                  check.in(u[i], "u", shape), (float)decay[i], (float)length[i]};
   }
-  kernels_in_use()->descend(updates.data(), (int)count, (float)lr, (float)(1 - ema_decay));
+  kernels_in_use()->descend(updates.data(), (int)updates.size(), step_numbers(check, numbers));
 }
 
 void orthogonalise(std::vector<View> x, std::vector<View> g) {

@@ -59,16 +59,16 @@ void mse_backward(View da, View dy, View a, View b);
 // y (1,): the square root of the sum of squares of arrays of any shapes
 void gradient_norm(View y, std::vector<View> g);
 
-// Lists of one-dimensional arrays, one a parameter; p, m, v and ema are updated in place.
+// The optimizers' steps, for lists of arrays of any shapes, one a parameter. numbers (8,): what differs from step to step,
+//   g_factor, lr, beta1, beta2, eps, m_factor = 1 / (1 - beta1^step), v_factor = 1 / (1 - beta2^step), ema_share = 1 - decay
+// p, m, v and ema are updated in place; nothing is changed where g_factor is NaN.
 void adamw_update(std::vector<View> p, std::vector<View> g, std::vector<View> m, std::vector<View> v,
-                  std::vector<View> ema, std::vector<double> decay, double g_factor, double lr, double beta1, double beta2,
-                  double eps, int step, double ema_decay);
-
-// Muon: m is updated in place, u <- (1 - mu) g_factor g + mu m
-void muon_momentum(std::vector<View> u, std::vector<View> g, std::vector<View> m, double g_factor, double mu);
-// p <- p - lr (length u + decay p) and ema <- ema + (1 - ema_decay) (p - ema), in place
-void descend(std::vector<View> p, std::vector<View> u, std::vector<View> ema, double lr, std::vector<double> length,
-             std::vector<double> decay, double ema_decay);
+                  std::vector<View> ema, std::vector<double> decay, View numbers);
+// Muon, mu = beta1: m is updated in place, u <- (1 - mu) g_factor g + mu m
+void muon_momentum(std::vector<View> u, std::vector<View> g, std::vector<View> m, View numbers);
+// p <- p - lr (length u + decay p) and ema <- ema + ema_share (p - ema), in place
+void descend(std::vector<View> p, std::vector<View> u, std::vector<View> ema, std::vector<double> length,
+             std::vector<double> decay, View numbers);
 // For each g (rows, columns) the x of the same shape with its singular vectors and singular values near 1.
 void orthogonalise(std::vector<View> x, std::vector<View> g);
 

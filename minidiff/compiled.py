@@ -94,14 +94,6 @@ def _op(function: F) -> F:
     return function
 
 
-def _flat(arrays: Sequence[Array]) -> list[Array]:
-    """Each array as one row of numbers in its own memory: results are written there."""
-    for a in arrays:
-        if not a.flags.c_contiguous:
-            raise ValueError(f"an array of shape {a.shape} that is updated in place must be in C order")
-    return [a.reshape(-1) for a in arrays]
-
-
 def _rows(a: Array, width: int | None = None) -> Array:
     """The array with its leading axes joined."""
     return a.reshape(math.prod(a.shape[:-1]), a.shape[-1] if width is None else width)  # -1 cannot tell 0 rows of 0
@@ -327,23 +319,19 @@ def accumulate(on: Compiled, a: Array, b: Array) -> Array:
 
 
 @_op
-def gradient_norm(on: Compiled, grads: Sequence[Array]) -> float:
+def gradient_norm(on: Compiled, grads: Sequence[Array]) -> Array:
     y = on.empty(1)
     on.module.gradient_norm(y, [on.xp.ascontiguousarray(g) for g in grads])
-    return float(y[0])
+    return y[0]
 
 
 @_op
 def adamw_update(
     on: Compiled,
     p: Sequence[Array], g: Sequence[Array], m: Sequence[Array], v: Sequence[Array], ema: Sequence[Array],
-    g_factor: float, lr: float, beta1: float, beta2: float, eps: float, decay: Sequence[float], step: int,
-    ema_decay: float,
+    decay: Sequence[float], numbers: Array,
 ) -> None:  # fmt: skip
-    grads = [on.xp.ascontiguousarray(a).reshape(-1) for a in g]
-    on.module.adamw_update(
-        _flat(p), grads, _flat(m), _flat(v), _flat(ema), decay, g_factor, lr, beta1, beta2, eps, step, ema_decay
-    )
+    on.module.adamw_update(p, [on.xp.ascontiguousarray(a) for a in g], m, v, ema, decay, numbers)
 
 
 @_op
@@ -356,21 +344,19 @@ def orthogonalised(on: Compiled, matrices: Sequence[Array], steps: int = 5) -> l
 
 
 @_op
-def muon_momentum(on: Compiled, g: Sequence[Array], m: Sequence[Array], g_factor: float, mu: float) -> list[Array]:
+def muon_momentum(on: Compiled, g: Sequence[Array], m: Sequence[Array], numbers: Array) -> list[Array]:
     u = [on.empty(a.shape) for a in g]
-    grads = [on.xp.ascontiguousarray(a).reshape(-1) for a in g]
-    on.module.muon_momentum(_flat(u), grads, _flat(m), g_factor, mu)
+    on.module.muon_momentum(u, [on.xp.ascontiguousarray(a) for a in g], m, numbers)
     return u
 
 
 @_op
 def descend(
     on: Compiled,
-    p: Sequence[Array], u: Sequence[Array], ema: Sequence[Array], lr: float, length: Sequence[float],
-    decay: Sequence[float], ema_decay: float,
+    p: Sequence[Array], u: Sequence[Array], ema: Sequence[Array], length: Sequence[float], decay: Sequence[float],
+    numbers: Array,
 ) -> None:  # fmt: skip
-    along = [on.xp.ascontiguousarray(a).reshape(-1) for a in u]
-    on.module.descend(_flat(p), along, _flat(ema), lr, length, decay, ema_decay)
+    on.module.descend(p, [on.xp.ascontiguousarray(a) for a in u], ema, length, decay, numbers)
 
 
 @_op

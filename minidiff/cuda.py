@@ -42,7 +42,7 @@ class Captured:
     def __call__(self, *inputs: Array | None) -> Any:
         """The function's results."""
         if self.graph is None:
-            self._capture(inputs)
+            self.capture(*inputs)
         for kept, new in zip(self.inputs, inputs, strict=True):
             if kept is not None and new is not None:
                 if kept.shape != new.shape or kept.dtype != new.dtype:
@@ -51,7 +51,8 @@ class Captured:
         self.graph.launch(cupy.cuda.get_current_stream())
         return self.results
 
-    def _capture(self, inputs: tuple[Array | None, ...]) -> None:
+    def capture(self, *inputs: Array | None) -> None:
+        """Run the function once, a rehearsal, and record it; for functions whose first run needs inputs of its own."""
         self.inputs = [None if a is None else a.copy() for a in inputs]
         cupy.cuda.runtime.deviceSynchronize()  # these copies were made on another stream
         stream = cupy.cuda.Stream(non_blocking=True)

@@ -12,15 +12,27 @@ from minidiff.nn import Parameter
 from minidiff.threads import num_workers, parallel_map
 
 
-def clip_factor(norm: float, limit: float) -> float:
-    """What gradients are multiplied by so that their common norm is at most `limit`."""
-    return min(1.0, limit / norm) if norm > 0 else 1.0
+def clip_factor(norm: Array | float, limit: float) -> Array:
+    """What gradients are multiplied by so that their common norm is at most `limit`; NaN where it is not finite."""
+    xp = array_module(norm)
+    return xp.where(xp.isfinite(norm), xp.minimum(1.0, limit / xp.maximum(norm, 1e-30)), xp.nan)
 
 
 @kernel
-def gradient_norm(grads: Sequence[Array]) -> float:
-    """The Euclidean norm of all gradients together; the squares are summed in float64."""
-    return math.sqrt(sum(float((g * g).sum(dtype=np.float64)) for g in grads))
+def gradient_norm(grads: Sequence[Array]) -> Array:
+    """The Euclidean norm of all gradients together, one number; the squares are summed in float64."""
+    return array_module(*grads).sqrt(sum((g * g).sum(dtype=np.float64) for g in grads))
+
+
+def step_numbers(
+    g_factor: float, lr: float, beta1: float, beta2: float, eps: float, step: int, ema_decay: float
+) -> np.ndarray:
+    """What differs from one step of an optimizer to the next, as an array (8,); step = 1, 2, ...
+
+    g_factor, lr, beta1, beta2, eps, 1 / (1 - beta1^step), 1 / (1 - beta2^step), 1 - ema_decay. An array, because a GPU
+    that repeats a recorded step reads it anew.
+    """
+    return np.array([g_factor, lr, beta1, beta2, eps, 1 / (1 - beta1**step), 1 / (1 - beta2**step), 1 - ema_decay])
 
 
 @kernel
@@ -56,28 +68,36 @@ def orthogonalised(matrices: Sequence[Array], steps: int = 5) -> list[Array]:
 @kernel
 def adamw_update(
     p: Sequence[Array], g: Sequence[Array], m: Sequence[Array], v: Sequence[Array], ema: Sequence[Array],
-    g_factor: float, lr: float, beta1: float, beta2: float, eps: float, decay: Sequence[float], step: int,
-    ema_decay: float,
+    decay: Sequence[float], numbers: Array,
 ) -> None:  # fmt: skip
-    """One step for a list of parameters, in place, step = 1, 2, ... Loshchilov and Hutter 2017, arXiv 1711.05101.
+    """One step for a list of parameters, in place. Loshchilov and Hutter 2017, arXiv 1711.05101.
 
+    numbers: `step_numbers`, in the arrays' dtype; nothing is changed where g_factor is NaN.
     g <- g_factor g (the clipping)
     m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2
     p <- p - lr (mhat / (sqrt(vhat) + eps) + decay p),  mhat = m / (1 - beta1^step), vhat = v / (1 - beta2^step)
     ema <- ema + (1 - ema_decay) (p - ema)
     """
+    g_factor, lr, beta1, beta2, eps, m_factor, v_factor, ema_share = numbers
+    if g_factor != g_factor:
+        return
     for p_, g_, m_, v_, ema_, decay_ in zip(p, g, m, v, ema, decay, strict=True):
         g_ = g_ * g_factor
         m_ += (1 - beta1) * (g_ - m_)
         v_ += (1 - beta2) * (g_ * g_ - v_)
-        denominator = array_module(p_).sqrt(v_ / (1 - beta2**step)) + eps
-        p_ -= lr * (m_ / (1 - beta1**step) / denominator + decay_ * p_)
-        ema_ += (1 - ema_decay) * (p_ - ema_)
+        p_ -= lr * (m_ * m_factor / (array_module(p_).sqrt(v_ * v_factor) + eps) + decay_ * p_)
+        ema_ += ema_share * (p_ - ema_)
 
 
 @kernel
-def muon_momentum(g: Sequence[Array], m: Sequence[Array], g_factor: float, mu: float) -> list[Array]:
-    """m <- mu m + (1 - mu) g_factor g, in place; the directions (1 - mu) g_factor g + mu m."""
+def muon_momentum(g: Sequence[Array], m: Sequence[Array], numbers: Array) -> list[Array]:
+    """m <- mu m + (1 - mu) g_factor g, in place, mu = beta1; the directions (1 - mu) g_factor g + mu m.
+
+    Where g_factor is NaN nothing is changed, and the directions are of no use.
+    """
+    g_factor, _, mu, *_ = numbers
+    if g_factor != g_factor:
+        return list(g)
     directions = []
     for g_, m_ in zip(g, m, strict=True):
         g_ = g_ * g_factor
@@ -88,13 +108,19 @@ def muon_momentum(g: Sequence[Array], m: Sequence[Array], g_factor: float, mu: f
 
 @kernel
 def descend(
-    p: Sequence[Array], u: Sequence[Array], ema: Sequence[Array], lr: float, length: Sequence[float],
-    decay: Sequence[float], ema_decay: float,
+    p: Sequence[Array], u: Sequence[Array], ema: Sequence[Array], length: Sequence[float], decay: Sequence[float],
+    numbers: Array,
 ) -> None:  # fmt: skip
-    """One step along each u, in place: p <- p - lr (length u + decay p),  ema <- ema + (1 - ema_decay) (p - ema)."""
+    """One step along each u, in place: p <- p - lr (length u + decay p),  ema <- ema + (1 - ema_decay) (p - ema).
+
+    Nothing is changed where g_factor is NaN.
+    """
+    g_factor, lr, *_, ema_share = numbers
+    if g_factor != g_factor:
+        return
     for p_, u_, ema_, length_, decay_ in zip(p, u, ema, length, decay, strict=True):
         p_ -= lr * (length_ * u_ + decay_ * p_)
-        ema_ += (1 - ema_decay) * (p_ - ema_)
+        ema_ += ema_share * (p_ - ema_)
 
 
 class AdamW:
@@ -121,19 +147,30 @@ class AdamW:
 
     def step(self, lr: float, grads: dict[str, Array], factor: float = 1.0) -> None:
         """Update every parameter and its average from its gradient, which is first multiplied by `factor`."""
+        self.update(grads, self.next_numbers(lr, factor))
+
+    def next_numbers(self, lr: float, factor: float = 1.0) -> Array:
+        """Count a step; what `update` needs to know of it (rows, 8), on the parameters' device."""
         self.step_number += 1
+        data = next(iter(self.parameters.values())).data
+        rows = [step_numbers(factor, *row, self.step_number, self._ema_decay()) for row in self._rows(lr)]
+        return array_module(data).asarray(np.array(rows).astype(data.dtype))
+
+    def _rows(self, lr: float) -> list[tuple[float, float, float, float]]:
+        return [(lr, *self.betas, self.eps)]
+
+    def update(self, grads: dict[str, Array], numbers: Array) -> None:
+        """The step itself: nothing but arrays."""
         names = list(self.parameters)
-        workers = num_workers(array_module(self.parameters[names[0]].data))
-        for _ in parallel_map(lambda i: self._update(names[i::workers], lr, grads, factor), range(workers), workers):
+        workers = num_workers(array_module(numbers))
+        parts = (names[i::workers] for i in range(workers))
+        for _ in parallel_map(lambda part: self._update(part, grads, numbers), parts, workers):
             pass
 
-    def _update(self, names: Sequence[str], lr: float, grads: dict[str, Array], factor: float) -> None:
+    def _update(self, names: Sequence[str], grads: dict[str, Array], numbers: Array) -> None:
         parameters = [self.parameters[name] for name in names]
         g, m, v, ema = ([table[name] for name in names] for table in (grads, self.m, self.v, self.ema))
-        adamw_update(
-            [p.data for p in parameters], g, m, v, ema, factor, lr, *self.betas, self.eps,
-            [self._decay(p) for p in parameters], self.step_number, self._ema_decay(),
-        )  # fmt: skip
+        adamw_update([p.data for p in parameters], g, m, v, ema, [self._decay(p) for p in parameters], numbers[0])
 
     def _decay(self, p: Parameter) -> float:
         return self.weight_decay if p.ndim > 1 else 0.0
@@ -157,17 +194,19 @@ class Muon(AdamW):
     momentum = 0.95
     ratio = 10.0
 
-    def _update(self, names: Sequence[str], lr: float, grads: dict[str, Array], factor: float) -> None:
+    def _rows(self, lr: float) -> list[tuple[float, float, float, float]]:
+        return [*super()._rows(lr), (self.ratio * lr, self.momentum, 0.0, 0.0)]
+
+    def _update(self, names: Sequence[str], grads: dict[str, Array], numbers: Array) -> None:
         hidden = [name for name in names if self.parameters[name].hidden]
-        super()._update([name for name in names if not self.parameters[name].hidden], lr, grads, factor)
+        super()._update([name for name in names if not self.parameters[name].hidden], grads, numbers)
         parameters = [self.parameters[name] for name in hidden]
-        u = muon_momentum([grads[name] for name in hidden], [self.m[name] for name in hidden], factor, self.momentum)
+        u = muon_momentum([grads[name] for name in hidden], [self.m[name] for name in hidden], numbers[1])
         u = orthogonalised([a.reshape(-1, a.shape[-1]) for a in u])
         lengths = [math.sqrt(max(1, a.shape[1] / a.shape[0])) for a in u]
         descend(
             [p.data for p in parameters], [a.reshape(p.shape) for a, p in zip(u, parameters, strict=True)],
-            [self.ema[name] for name in hidden], self.ratio * lr, lengths,
-            [self._decay(p) / self.ratio for p in parameters], self._ema_decay(),
+            [self.ema[name] for name in hidden], lengths, [self._decay(p) / self.ratio for p in parameters], numbers[1],
         )  # fmt: skip
 
 

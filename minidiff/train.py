@@ -13,9 +13,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -282,7 +283,7 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
     def draw(step: int) -> list[Batch]:
         return [draw_batch(state, data, step, part) for part in range(c.accumulate)]
 
-    one_pass = captured_gradients(state.model, c.accumulate) if c.capture else gradients
+    take_step = captured_step(state) if c.capture else partial(step, clip=c.clip)
     threads = min(num_workers(state.model.array_module), c.accumulate)
     copy_of = state.config, state.model.tokenizer.words, state.model.image_shape
     models = [state.model, *(_model(*copy_of, seed=None) for _ in range(threads - 1))]
@@ -293,13 +294,8 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
             batches = upcoming.result()
             waited = time.perf_counter() - started
             upcoming = pool.submit(draw, state.step + 2)
-            loss, grads = loss_and_gradients(models, batches, one_pass)
-            norm = gradient_norm(list(grads.values()))
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise Diverged(_not_finite(state.step + 1, loss, grads))
-            factor = clip_factor(norm, c.clip)
             lr = learning_rate(state.step + 1, state.config.train.steps, c.lr, c.warmup)
-            state.optimizer.step(lr, grads, factor)
+            loss, norm = take_step(models, state.optimizer, batches, lr)
             seconds = time.perf_counter() - started
             state.seconds += seconds
             durations.append(seconds)
@@ -312,17 +308,23 @@ def train(state: TrainState, data: Dataset) -> Iterator[StepLog]:
             )
 
 
-Gradients = Callable[[TextToImage, Question, float], tuple[Array, dict[str, Array]]]
+def step(
+    models: Sequence[TextToImage], optimizer: AdamW, batches: Sequence[Batch], lr: float, clip: float
+) -> tuple[float, float]:
+    """Take one optimizer step: the mean loss over the batches, and the norm of its gradient before clipping."""
+    loss, grads = loss_and_gradients(models, batches)
+    norm = float(gradient_norm(list(grads.values())))
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise Diverged(_not_finite(optimizer.step_number + 1, loss, grads))
+    optimizer.step(lr, grads, float(clip_factor(norm, clip)))
+    return loss, norm
 
 
-def loss_and_gradients(
-    models: Sequence[TextToImage], batches: Sequence[Batch], one_pass: Gradients | None = None
-) -> tuple[float, dict[str, Any]]:
+def loss_and_gradients(models: Sequence[TextToImage], batches: Sequence[Batch]) -> tuple[float, dict[str, Any]]:
     """The mean loss over the batches, and its gradient by parameter.
 
     The first model is the one trained; any others are its copies, in which passes run beside each other. The passes are
-    added in the order of the batches, so that the number of copies does not change the sum. one_pass: in place of
-    `gradients`.
+    added in the order of the batches, so that the number of copies does not change the sum.
     """
     free = SimpleQueue[TextToImage]()
     for model in models:
@@ -330,20 +332,26 @@ def loss_and_gradients(
             model.load(models[0].state())
         free.put(model)
 
-    def one(batch: Batch) -> tuple[float, dict[str, Any]]:
+    def one_pass(batch: Batch) -> tuple[Array, dict[str, Any]]:
         model = free.get()
         try:
-            with np.errstate(all="ignore"):  # what is not finite is noticed, and told, by `train`
-                question = model.question(batch.images, batch.captions, batch.t, batch.eps)
-                loss, grads = (one_pass or gradients)(model, question, 1 / len(batches))
-            return float(loss), grads
+            return gradients(model, _question(model, batch), 1 / len(batches))
         finally:
             free.put(model)
 
-    total = 0.0
-    grads: dict[str, Any] = {}
-    for loss, part in parallel_map(one, batches, len(models)):
-        total += loss
+    loss, grads = _added(parallel_map(one_pass, batches, len(models)))
+    return float(loss), grads
+
+
+def _question(model: TextToImage, batch: Batch) -> Question:
+    return model.question(batch.images, batch.captions, batch.t, batch.eps)
+
+
+def _added(passes: Iterable[tuple[Array, dict[str, Array]]]) -> tuple[Array, dict[str, Array]]:
+    total: Any = 0.0
+    grads: dict[str, Array] = {}
+    for loss, part in passes:
+        total = total + loss
         grads = {name: accumulate(grads[name], g) for name, g in part.items()} if grads else part
     return total, grads
 
@@ -351,8 +359,9 @@ def loss_and_gradients(
 def gradients(model: TextToImage, question: Question, weight: float) -> tuple[Array, dict[str, Array]]:
     """weight times the loss, and its gradient by parameter."""
     parameters = dict(model.named_parameters())
-    loss = model.answer_loss(question) * weight
-    loss.backward()
+    with np.errstate(all="ignore"):  # what is not finite is noticed, and told, by `step`
+        loss = model.answer_loss(question) * weight
+        loss.backward()
     xp = model.array_module
     # a parameter that the loss does not reach (the text encoder of a U-Net without cross-attention) has none
     grads = {name: xp.zeros_like(p.data) if p.grad is None else p.grad for name, p in parameters.items()}
@@ -361,20 +370,39 @@ def gradients(model: TextToImage, question: Question, weight: float) -> tuple[Ar
     return loss.data, grads
 
 
-def captured_gradients(model: TextToImage, accumulate: int) -> Gradients:
-    """`gradients` of a model on a GPU as a CUDA graph."""
+def captured_step(state: TrainState) -> Callable[..., tuple[float, float]]:
+    """`step` as one CUDA graph: what Python does in it, it does once. For models on a GPU.
+
+    Where the loss is not finite the parameters are left alone, as in `step`.
+    """
+    model, optimizer, clip = state.model, state.optimizer, state.config.train.clip
     if model.array_module is np:
         raise UserError("train.capture is for a GPU: --train.device cuda")
     from minidiff.cuda import Captured
 
-    graph = Captured(lambda *question: gradients(model, Question(*question), 1 / accumulate))
+    def whole(numbers: Array, *arrays: Array | None) -> tuple[Array, Array]:
+        width = len(Question._fields)
+        questions = [Question(*arrays[i : i + width]) for i in range(0, len(arrays), width)]
+        loss, grads = _added(gradients(model, question, 1 / len(questions)) for question in questions)
+        norm = gradient_norm(list(grads.values()))
+        numbers[:, 0] *= clip_factor(norm, clip)
+        optimizer.update(grads, numbers)
+        return loss, norm
 
-    def one_pass(model: TextToImage, question: Question, weight: float) -> tuple[Array, dict[str, Array]]:
-        loss, grads = graph(*question)
-        # the next pass writes into the same arrays
-        return loss, {name: g.copy() for name, g in grads.items()} if accumulate > 1 else grads
+    graph = Captured(whole)
 
-    return one_pass
+    def take_step(models: Any, optimizer: AdamW, batches: Sequence[Batch], lr: float) -> tuple[float, float]:
+        arrays = [a for batch in batches for a in _question(model, batch)]
+        numbers = optimizer.next_numbers(lr)
+        if graph.graph is None:
+            graph.capture(numbers * math.nan, *arrays)  # its rehearsal changes nothing
+        loss, norm = map(float, graph(numbers, *arrays))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            optimizer.step_number -= 1
+            raise Diverged(_not_finite(optimizer.step_number + 1, loss, {}))
+        return loss, norm
+
+    return take_step
 
 
 def _not_finite(step: int, loss: float, grads: dict[str, Any]) -> str:

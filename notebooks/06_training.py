@@ -557,7 +557,7 @@ table(
 # - the weight decay pulls every weight a little towards 0.
 
 # %%
-source(optim.adamw_update)
+source(optim.step_numbers, optim.adamw_update)
 
 # %% [markdown]
 # Before that, gradients whose common length is more than `clip` are shortened to it, so that one odd batch cannot throw
@@ -582,8 +582,8 @@ for d in (0.9, 0.99):
     p, m, v, ema = (np.zeros(1) for _ in range(4))
     both = []
     for step, z in enumerate(noise, 1):
-        optim.adamw_update([p], [p - 1 + z], [m], [v], [ema], 1.0, 0.02, 0.9, 0.99, 1e-8, [0.0],
-                           step, d)  # fmt: skip
+        numbers = optim.step_numbers(1.0, 0.02, 0.9, 0.99, 1e-8, step, d)
+        optim.adamw_update([p], [p - 1 + z], [m], [v], [ema], [0.0], numbers)
         both.append([p[0], ema[0]])
     paths["the weight"], paths[f"average, d = {d}"] = np.transpose(both)
 every = np.arange(800)

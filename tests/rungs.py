@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 from helpers import COARSER, computing, placed
 
-from minidiff import diffusion, optim  # noqa: F401 - they enter their ops in the table
+from minidiff import diffusion, optim  # noqa: F401 - diffusion enters its ops in the table
 from minidiff.backend import MODULES, REFERENCE, to_numpy
 from minidiff.random import Draw, Purpose
 
@@ -95,11 +95,15 @@ def optimizers(of):
     p, g, m, v, ema = (draw(*shapes) for _ in range(5))
     v = [a * a for a in v]
     decay = [0.1 * i for i in range(len(shapes))]
-    of.adamw_update(p, g, m, v, ema, 0.5, 0.01, 0.9, 0.99, 1e-8, decay, 3, 0.9)
+    now = placed(optim.step_numbers(0.5, 0.01, 0.9, 0.99, 1e-8, 3, 0.9).astype(np.float32))
+    of.adamw_update(p, g, m, v, ema, decay, now)
     yield from (*p, *m, *v, *ema)
-    u = of.muon_momentum(g, m, 0.5, 0.95)
-    of.descend(p, u, ema, 0.01, decay, decay, 0.9)
+    u = of.muon_momentum(g, m, now)
+    of.descend(p, u, ema, decay, decay, now)
     yield from (*u, *p, *ema)
+    of.adamw_update(p, g, m, v, ema, decay, now * np.float32("nan"))
+    of.descend(p, u, ema, decay, decay, now * np.float32("nan"))
+    yield from (*p, *m, *ema)
 
 
 def reverse_step(of):

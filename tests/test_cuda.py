@@ -14,7 +14,7 @@ from minidiff.config import SampleConfig
 from minidiff.errors import UserError
 from minidiff.ops import silu
 from minidiff.sample import draw
-from minidiff.train import data_of, load_state, new_state, save_state, train
+from minidiff.train import Diverged, data_of, load_state, new_state, save_state, train
 
 if "emulated" not in MODULES:
     pytest.skip("the emulated kernels are not built here; see: minidiff doctor", allow_module_level=True)
@@ -141,3 +141,18 @@ def test_a_gpus_arrays_meet_its_kernels_under_every_kind_but_the_reference(monke
             silu(Tensor(x))
         assert len(asked) == (kind != "reference"), kind
         asked.clear()
+
+
+@pytest.mark.usefixtures("cupy")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_captured_step_that_diverges_changes_nothing(optimizer):
+    state = new_state(settings(train__optimizer=optimizer, train__device="cuda", train__capture=True))
+    steps = train(state, data_of(state.config))
+    next(steps)
+    ruined = state.model.unet.conv_in.bias.data
+    ruined[...] = np.float32("inf")
+    before = {name: a.get() for name, a in [*state.model.state().items(), *state.optimizer.ema.items()]}
+    with pytest.raises(Diverged, match=r"step 2: the loss is nan"):
+        next(steps)
+    after = {name: a.get() for name, a in [*state.model.state().items(), *state.optimizer.ema.items()]}
+    assert state.step == 1 and all(np.array_equal(after[name], a) for name, a in before.items())

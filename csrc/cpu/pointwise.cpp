@@ -5,6 +5,8 @@
 //   a  ├── piece 0 ──┼── piece 1 ──┼── ... ──┤      a piece is a task: 8192 numbers of every array, so that what the
 //   b  ├─────────────┼─────────────┼── ... ──┤      optimizer reads and writes of one parameter (weight, gradient, two
 //   y  ├─────────────┼─────────────┼── ... ──┤      moments, average) passes through the caches together, once
+#include <cmath>
+
 #include "activations.h"
 #include "../kernels.h"
 #include "pool.h"
@@ -134,15 +136,16 @@ void over_all(const Update* updates, int count, const F& f) {
 }  // namespace
 
 // AdamW and the moving average of all parameters: one pass.
-void adamw(const Update* updates, int count, float g_factor, float lr, float beta1, float beta2, float eps, float m_factor,
-           float v_factor, float ema_share) {
+void adamw(const Update* updates, int count, const StepNumbers* numbers) {
+  const StepNumbers s = *numbers;
+  if (std::isnan(s.g_factor)) return;
   over_all(updates, count, [&](const Update& u, long i, int n) {
-    vf g = load_first(u.g + i, n) * g_factor, m = load_first(u.m + i, n), v = load_first(u.v + i, n);
+    vf g = load_first(u.g + i, n) * s.g_factor, m = load_first(u.m + i, n), v = load_first(u.v + i, n);
     vf p = load_first(u.p + i, n), ema = load_first(u.ema + i, n);
-    m += (1 - beta1) * (g - m);
-    v += (1 - beta2) * (g * g - v);
-    p -= lr * (m * m_factor / (vsqrt(v * v_factor) + eps) + u.decay * p);
-    ema += ema_share * (p - ema);
+    m += (1 - s.beta1) * (g - m);
+    v += (1 - s.beta2) * (g * g - v);
+    p -= s.lr * (m * s.m_factor / (vsqrt(v * s.v_factor) + s.eps) + u.decay * p);
+    ema += s.ema_share * (p - ema);
     store_first(u.m + i, m, n);
     store_first(u.v + i, v, n);
     store_first(u.p + i, p, n);
@@ -151,7 +154,9 @@ void adamw(const Update* updates, int count, float g_factor, float lr, float bet
 }
 
 // Muon's momentum: m is updated, the direction goes to p.
-void momentum(const Update* updates, int count, float g_factor, float mu) {
+void momentum(const Update* updates, int count, const StepNumbers* numbers) {
+  const float g_factor = numbers->g_factor, mu = numbers->beta1;
+  if (std::isnan(g_factor)) return;
   over_all(updates, count, [&](const Update& u, long i, int n) {
     vf g = load_first(u.g + i, n) * g_factor, m = load_first(u.m + i, n);
     m += (1 - mu) * (g - m);
@@ -160,7 +165,9 @@ void momentum(const Update* updates, int count, float g_factor, float mu) {
   });
 }
 
-void descend(const Update* updates, int count, float lr, float ema_share) {
+void descend(const Update* updates, int count, const StepNumbers* numbers) {
+  const float lr = numbers->lr, ema_share = numbers->ema_share;
+  if (std::isnan(numbers->g_factor)) return;
   over_all(updates, count, [&](const Update& u, long i, int n) {
     vf p = load_first(u.p + i, n), ema = load_first(u.ema + i, n);
     p -= lr * (u.length * load_first(u.g + i, n) + u.decay * p);

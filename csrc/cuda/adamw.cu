@@ -65,12 +65,15 @@ __device__ void over(const Piece& piece, const F& f) {
 
 __device__ bool vectors(const Update& u) { return aligned(u.p, u.m, u.v, u.ema, u.g); }
 
-// V: float, or float4 where the array's addresses allow it.
+// Op::at<V>(s, u, i) over every piece; V: float, or float4 where the array's addresses allow it. A step whose factor is NaN
+// changes nothing: it has met numbers that are not finite, or is the rehearsal of a graph.
 template <class Op, class V>
-__global__ void update_pieces(const __grid_constant__ Table table, Op op) {
+__global__ void update_pieces(const __grid_constant__ Table table, const StepNumbers* numbers) {
+  const StepNumbers s = *numbers;
+  if (s.g_factor != s.g_factor) return;
   Piece piece = piece_of(table, blockIdx.x);
   const Update& u = piece.update;
-  auto at = [&](auto v, long i) { op.template at<decltype(v)>(u, i); };
+  auto at = [&](auto v, long i) { Op::template at<decltype(v)>(s, u, i); };
   if (LANES<V> > 1 && vectors(u))
     over<V>(piece, at);
   else
@@ -103,17 +106,15 @@ __global__ void root_of_partials(float* y, const float* partial, long partials) 
 
 // m and v follow g and its square; p moves along m / sqrt(v), both divided by what they lack while they start from 0
 struct AdamW {
-  float g_factor, lr, beta1, beta2, eps, m_factor, v_factor, ema_share;
-
   template <class V>
-  __device__ void at(const Update& u, long i) const {
+  static __device__ void at(const StepNumbers& s, const Update& u, long i) {
     V p = load<V>(u.p, i), g = load<V>(u.g, i), m = load<V>(u.m, i), v = load<V>(u.v, i), ema = load<V>(u.ema, i);
     each([&](float& p, float& m, float& v, float& ema, float g) {
-      g *= g_factor;
-      m += (1 - beta1) * (g - m);
-      v += (1 - beta2) * (g * g - v);
-      p -= lr * (m * m_factor / (sqrtf(v * v_factor) + eps) + u.decay * p);
-      ema += ema_share * (p - ema);
+      g *= s.g_factor;
+      m += (1 - s.beta1) * (g - m);
+      v += (1 - s.beta2) * (g * g - v);
+      p -= s.lr * (m * s.m_factor / (sqrtf(v * s.v_factor) + s.eps) + u.decay * p);
+      ema += s.ema_share * (p - ema);
     }, p, m, v, ema, g);
     store(u.p, i, p);
     store(u.m, i, m);
@@ -124,15 +125,13 @@ struct AdamW {
 
 // Muon's: m follows g, the direction goes to p
 struct Momentum {
-  float g_factor, mu;
-
   template <class V>
-  __device__ void at(const Update& u, long i) const {
+  static __device__ void at(const StepNumbers& s, const Update& u, long i) {
     V g = load<V>(u.g, i), m = load<V>(u.m, i);
     each([&](float& g, float& m) {
-      g *= g_factor;
-      m += (1 - mu) * (g - m);
-      g = (1 - mu) * g + mu * m;
+      g *= s.g_factor;
+      m += (1 - s.beta1) * (g - m);
+      g = (1 - s.beta1) * g + s.beta1 * m;
     }, g, m);
     store(u.p, i, g);
     store(u.m, i, m);
@@ -141,20 +140,18 @@ struct Momentum {
 
 // p moves along g, the direction
 struct Descend {
-  float lr, ema_share;
-
   template <class V>
-  __device__ void at(const Update& u, long i) const {
+  static __device__ void at(const StepNumbers& s, const Update& u, long i) {
     V p = load<V>(u.p, i), g = load<V>(u.g, i), ema = load<V>(u.ema, i);
     each([&](float& p, float& ema, float g) {
-      p -= lr * (u.length * g + u.decay * p);
-      ema += ema_share * (p - ema);
+      p -= s.lr * (u.length * g + u.decay * p);
+      ema += s.ema_share * (p - ema);
     }, p, ema, g);
     store(u.p, i, p);
     store(u.ema, i, ema);
   }
 };
-static_assert(sizeof(Table) + sizeof(AdamW) <= 4096, "the arguments of a launch");
+static_assert(sizeof(Table) + sizeof(void*) <= 4096, "the arguments of a launch");
 
 int pieces(const Update& u) { return int((u.n + PIECE - 1) / PIECE); }
 
@@ -177,30 +174,21 @@ void tables(const Update* list, int count, int most, const F& f) {
 }
 
 template <class Op>
-void update(const Ladder& ladder, const Op& op, const Update* list, int count) {
+void update(const Ladder& ladder, const Update* list, int count, const StepNumbers* numbers) {
   int rung = ladder.rung();
   tables(list, count, rung == 1 ? 1 : ARRAYS, [&](const Table& table, int blocks) {
     if (rung == 3)
-      LAUNCH((update_pieces<Op, float4>), blocks, THREADS, 0, stream(), table, op);
+      LAUNCH((update_pieces<Op, float4>), blocks, THREADS, 0, stream(), table, numbers);
     else
-      LAUNCH((update_pieces<Op, float>), blocks, THREADS, 0, stream(), table, op);
+      LAUNCH((update_pieces<Op, float>), blocks, THREADS, 0, stream(), table, numbers);
   });
 }
 
 }  // namespace
 
-void adamw(const Update* list, int count, float g_factor, float lr, float beta1, float beta2, float eps, float m_factor,
-           float v_factor, float ema_share) {
-  update(adamw_ladder, AdamW{g_factor, lr, beta1, beta2, eps, m_factor, v_factor, ema_share}, list, count);
-}
-
-void momentum(const Update* list, int count, float g_factor, float mu) {
-  update(momentum_ladder, Momentum{g_factor, mu}, list, count);
-}
-
-void descend(const Update* list, int count, float lr, float ema_share) {
-  update(descend_ladder, Descend{lr, ema_share}, list, count);
-}
+void adamw(const Update* list, int count, const StepNumbers* numbers) { update<AdamW>(adamw_ladder, list, count, numbers); }
+void momentum(const Update* list, int count, const StepNumbers* n) { update<Momentum>(momentum_ladder, list, count, n); }
+void descend(const Update* list, int count, const StepNumbers* n) { update<Descend>(descend_ladder, list, count, n); }
 
 void gradient_norm(float* y, const Update* list, int count) {
   int rung = norm_ladder.rung();

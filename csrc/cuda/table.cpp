@@ -24,10 +24,9 @@ void add(float* y, const float* a, const float* b, long n);
 void mse_forward(float* y, const float* a, const float* b, long n);
 void mse_backward(float* da, const float* dy, const float* a, const float* b, long n);
 void gradient_norm(float* y, const Update*, int count);
-void adamw(const Update*, int count, float g_factor, float lr, float beta1, float beta2, float eps, float m_factor,
-           float v_factor, float ema_share);
-void momentum(const Update*, int count, float g_factor, float mu);
-void descend(const Update*, int count, float lr, float ema_share);
+void adamw(const Update*, int count, const StepNumbers*);
+void momentum(const Update*, int count, const StepNumbers*);
+void descend(const Update*, int count, const StepNumbers*);
 void reverse_step(const ReverseStep&);
 void reverse_step_drawn(const ReverseStep&, const Draws&);
 void q_sample_drawn(const QSample&, const Draws&);
