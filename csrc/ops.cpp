@@ -79,7 +79,10 @@ void conv2d_forward(View y, View x, View x2, View w, View b, View shift, View re
   c.residual = check.maybe(residual, "residual", {c.B, c.H, c.W, c.N});
   c.silu = silu;
   c.algorithm = known_algorithm(check, c, algorithm);
-  if (prepared) c.prepared = check.in(prepared, "prepared", {kernels_in_use()->conv2d_prepared_size(c)});
+  if (prepared) {
+    check.that(kernels_in_use()->conv2d_prepared_size, "prepared", "is not for these kernels");
+    c.prepared = check.in(prepared, "prepared", {kernels_in_use()->conv2d_prepared_size(c)});
+  }
   kernels_in_use()->conv2d_forward(c);
 }
 
