@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--marks", default="1,2,3,5,7,10,15,20,30,40,50,60", help="minutes at which to score")
     parser.add_argument("--n", type=int, default=500)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     config = load_config(args.preset, {**dict(s.split("=") for s in args.settings), "train.minutes": args.minutes})
     state = new_state(config)

@@ -6,6 +6,7 @@ holds the step, the resolved config and the vocabulary as JSON. Nothing is pickl
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -27,6 +28,7 @@ def save_checkpoint(path: Path, parts: dict[str, dict[str, Array]], about: dict[
     """Write {part: {name: array}} and facts about the run; the old file stays whole until the new one is.
 
     A crash at any moment leaves one or the other: the new file is written beside it, flushed to the disk, then renamed.
+    Raises UserError where it cannot be written.
     """
     tensors = {
         f"{part}.{name}": np.ascontiguousarray(to_numpy(array))
@@ -34,10 +36,17 @@ def save_checkpoint(path: Path, parts: dict[str, dict[str, Array]], about: dict[
         for name, array in arrays.items()
     }
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata={"format": FORMAT, "about": json.dumps(about)})
-    with open(temporary, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata={"format": FORMAT, "about": json.dumps(about)})
+        os.umask(mask := os.umask(0o077))  # there is no other way to read it
+        temporary.chmod(0o666 & ~mask)  # as any new file; save_file lets nobody else read it
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path} ({e}); make room on its disk, or check the folder's permissions") from e
 
 
 def load_checkpoint(

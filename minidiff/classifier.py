@@ -16,7 +16,7 @@ from minidiff import ops
 from minidiff.backend import array_module
 from minidiff.checkpoint import load_checkpoint, save_checkpoint
 from minidiff.data import DataConfig, cache_folder, open_pictures
-from minidiff.data.pictures import Pictures
+from minidiff.data.pictures import Pictures, scaled
 from minidiff.errors import UserError
 from minidiff.nn import Conv2d, GroupNorm, Linear, Module
 from minidiff.optim import OPTIMIZERS, clip_factor, gradient_norm, learning_rate
@@ -85,9 +85,8 @@ def accuracy(model: Classifier, data: Pictures) -> float:
     """The share of a labelled set that the classifier names rightly."""
     right = 0
     for i in range(0, len(data), 256):
-        rows = data.rows[i : i + 256]
-        images = data.images[rows].astype(np.float32) / np.float32(127.5) - 1
-        right += int((classify(model, images) == _labels(data)[i : i + 256]).sum())
+        named = classify(model, scaled(data.images[data.rows[i : i + 256]]))
+        right += int((named == _labels(data)[i : i + 256]).sum())
     return right / len(data)
 
 
@@ -102,25 +101,39 @@ def hold_out(data: Pictures, every: int = 10) -> tuple[Pictures, Pictures]:
     return part(~tenth), part(tenth)
 
 
-def open_classifier(config: DataConfig, longest: int = 1000) -> tuple[Classifier, float, Pictures]:
-    """The classifier of the classes of cifar10 or a folder, its accuracy on pictures that it did not see, and the data.
+def open_classifier(config: DataConfig, longest: int = 1000) -> tuple[Classifier, float, int, Pictures]:
+    """What `classifier_of` returns, and the pictures, `pictures_with_classes`; raises UserError as they do."""
+    data = pictures_with_classes(config, longest)
+    return *classifier_of(data, config), data
 
-    It is trained once and kept beside the decoded pictures. Raises UserError where the pictures have no two
-    classes, or are too few to keep some of them for judging.
-    """
-    config = dataclasses.replace(config, limit=0)
-    data = open_pictures(config, seed=0, longest=longest)
-    if len(data.prompts) < 2 or data.labels is None:
+
+def pictures_with_classes(config: DataConfig, longest: int = 1000) -> Pictures:
+    """The whole set, whatever its limit. Raises UserError where it has no two classes."""
+    data = open_pictures(dataclasses.replace(config, limit=0), seed=0, longest=longest)
+    if data.labels is None:
         raise UserError(
             f"the pictures of {config.path} are not sorted into classes, so there is nothing to judge them by"
         )
+    if len(data.classes) < 2:
+        raise UserError(
+            f"the pictures of {config.path} are all of one class, {data.classes[0]!r}; a classifier needs two"
+        )
+    return data
+
+
+def classifier_of(data: Pictures, config: DataConfig) -> tuple[Classifier, float, int]:
+    """The classifier of such pictures, its accuracy on some that it did not see, and how many these are.
+
+    It is trained once and kept beside the decoded pictures. Raises UserError where there are too few to keep some of
+    each class for judging.
+    """
     if config.name == "cifar10":
-        train, test = data, open_pictures(config, seed=0, split="test")
+        train, test = data, open_pictures(dataclasses.replace(config, limit=0), seed=0, split="test")
     else:
         train, test = hold_out(data)
     if test.classes != train.classes or not len(test):
         raise UserError(f"{config.path} has too few pictures: some of each class are to judge the classifier; add more")
-    return *_kept(train, test, cache_folder(config)), data
+    return *_kept(train, test, cache_folder(config)), len(test)
 
 
 def _kept(train: Pictures, test: Pictures, cache: Path) -> tuple[Classifier, float]:

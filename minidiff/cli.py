@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args, unknown = _parser().parse_known_args(arguments)
         if unknown:
-            raise UserError(_unknown_flag(unknown[0]))
+            raise UserError(_unknown_flag(unknown[0], args.parser))
         return args.command(args)
     except UserError as e:
         print(f"minidiff: {e}", file=sys.stderr)
@@ -45,11 +45,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def _unknown_flag(flag: str) -> str:
-    from minidiff.config import SECTIONS, did_you_mean
+def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
+    from minidiff.config import did_you_mean
 
-    known = [f"--{section}.{f.name}" for section, kind in SECTIONS.items() for f in fields(kind)]
-    return f"there is no option {flag}{did_you_mean(flag.partition('=')[0], known)}; see the command's --help"
+    known = list(parser._option_string_actions)
+    return f"there is no option {flag}{did_you_mean(flag.partition('=')[0], known)}; see {parser.prog} --help"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,10 +171,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("run", nargs="?", default=DEMO_RUN, metavar="FOLDER", help="the run (default: %(default)s)")
     p.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
+    _add_settings(p, {"sample": SECTIONS["sample"]}, "unless the run says otherwise")
     p.set_defaults(command=_export)
 
     p = commands.add_parser("doctor", help="show what is installed and what is missing")
     p.set_defaults(command=_doctor)
+    for p in commands.choices.values():
+        p.set_defaults(parser=p)
     return parser
 
 
@@ -212,12 +215,21 @@ def _train(args: argparse.Namespace) -> int:
     if state.step >= c.steps and not c.minutes:
         print(f"{folder} is at step {state.step} of {c.steps} already; to go on: --train.steps {2 * c.steps}")
         return 0
+    _tell(data)
     done = fit(state, folder, draw_training_grid, data)
     if done:
         print(f"trained {state.step} steps in {state.seconds / 60:.1f} minutes: {folder}")
         return 0
     print(f"stopped after step {state.step}, saved; to go on: minidiff train --resume {folder}", file=sys.stderr)
     return 130
+
+
+def _tell(data: Any) -> None:
+    """Say on stderr what was found, where pictures were looked for."""
+    from minidiff.data.pictures import Pictures
+
+    if isinstance(data, Pictures):
+        print(f"data: {data.summary()}", file=sys.stderr)
 
 
 def _begun(args: argparse.Namespace) -> tuple[Any, Any, Path]:
@@ -295,7 +307,7 @@ def _free_path(given: str | None) -> Path:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from minidiff.classifier import open_classifier
+    from minidiff.classifier import classifier_of, pictures_with_classes
     from minidiff.config import with_overrides
     from minidiff.evaluate import evaluate, evaluate_classes, summary, write_report
     from minidiff.train import load_model
@@ -308,9 +320,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     if config.data.name == "shapes":
         result = evaluate(model, settings, args.n, args.seed, args.split)
     else:
-        result = evaluate_classes(
-            model, settings, *open_classifier(config.data, config.text.context - 2), args.n, args.seed
-        )
+        data = pictures_with_classes(config.data, config.text.context - 2)
+        foreign = [prompt for prompt in data.prompts if model.tokenizer.unknown(prompt)]
+        if foreign:
+            raise UserError(
+                f"this model does not know {foreign[0]!r}, a class in {config.data.path}; name, with --data, the "
+                "pictures that it was trained on"
+            )
+        _tell(data)
+        result = evaluate_classes(model, settings, *classifier_of(data, config.data), data, args.n, args.seed)
     if not args.no_pictures:
         about = {"split": args.split, "seed": args.seed, "weights": args.weights, "sample": vars(settings)}
         folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
@@ -344,7 +362,7 @@ def _export(args: argparse.Namespace) -> int:
 
     if not args.out.endswith(".safetensors"):
         raise UserError(f"--out must end in .safetensors, got {args.out!r}")
-    print(export_model(args.run, Path(args.out)))
+    print(export_model(args.run, Path(args.out), _overrides(args)))
     return 0
 
 

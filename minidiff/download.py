@@ -1,4 +1,8 @@
-"""Downloads of published data sets: resumed where they broke off, and never named before their checksum is right."""
+"""Downloads of published data sets: resumed where they broke off, and never named before their checksum is right.
+
+No well-kept library does all of it (pooch verifies and does not resume, huggingface_hub resumes from its own servers);
+this is urllib, with no further dependency, and a wrong answer is refused before it replaces a byte on the disk.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +70,7 @@ class _Failed(Exception):
     """The file cannot be had from this URL."""
 
 
-def download(name: str, folder: Path, form: str = "python", mirror: str | None = None) -> Path:
+def download(name: str, folder: Path, form: str = "binary", mirror: str | None = None) -> Path:
     """Fetch a published file into `folder`, which is made where it is missing; returns the file's path.
 
     A file that stands there already is verified, and nothing is fetched. Bytes go to NAME.part, which gets its name

@@ -68,12 +68,12 @@ def fully_right(images: np.ndarray, captions: Sequence[str]) -> list[bool]:
 
 
 def evaluate_classes(
-    model: TextToImage, settings: SampleConfig, classifier: Classifier, accuracy: float, data: Pictures,
-    n: int = 500, seed: int = 0,
+    model: TextToImage, settings: SampleConfig, classifier: Classifier, accuracy: float, judged: int,
+    data: Pictures, n: int = 500, seed: int = 0,
 ) -> Evaluation:  # fmt: skip
     """Draw each class of a labelled set about equally often, n pictures in all, and have the classifier name them.
 
-    accuracy: the classifier's on real pictures that it did not see.
+    accuracy: the classifier's on `judged` real pictures that it did not see.
     """
     prompts = list(data.prompts)
     captions = [prompts[i % len(prompts)] for i in range(n)]
@@ -87,7 +87,7 @@ def evaluate_classes(
     share, chance = float(np.mean(right)), 1 / len(prompts)
     headline = (
         f"the classifier names the class that was asked for: {share:.1%} "
-        f"(n={n}; chance {chance:.1%}; of real pictures it names {accuracy:.1%} rightly)"
+        f"(n={n}; chance {chance:.1%}; of {judged} unseen real pictures it names {accuracy:.1%} rightly)"
     )
     title = f"The first {min(GRID, n)} of {n} pictures"
     chances = dict.fromkeys([*scores, "all"], chance)

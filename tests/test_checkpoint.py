@@ -1,7 +1,9 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from minidiff import checkpoint
 from minidiff.checkpoint import load_checkpoint, save_checkpoint
@@ -43,16 +45,30 @@ def test_missing_and_foreign_files(tmp_path):
         load_checkpoint(tmp_path / "other.safetensors")
 
 
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
 @pytest.mark.parametrize("moment", ["save_file", "replace"])
-def test_a_failed_write_leaves_the_old_file(tmp_path, parts, monkeypatch, moment):
+def test_a_failed_write_leaves_the_old_file_and_says_so(tmp_path, parts, monkeypatch, moment, error):
     """The disk is full, or the machine dies, while the new file is written."""
     path = tmp_path / "c.safetensors"
     save_checkpoint(path, parts, {"step": 1})
 
     def fail(*args, **kwargs):
-        raise OSError("no space left")
+        raise error("no space left")
 
     monkeypatch.setattr(*((checkpoint, "save_file") if moment == "save_file" else (checkpoint.os, "replace")), fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match=r"cannot write .*c\.safetensors \(no space left\); make room"):
         save_checkpoint(path, parts, {"step": 2})
-    assert load_checkpoint(path)[1] == {"step": 1}
+    assert load_checkpoint(path)[1] == {"step": 1} and os.listdir(tmp_path) == ["c.safetensors"]
+
+
+def test_a_folder_that_cannot_be_written(parts):
+    with pytest.raises(UserError, match=r"cannot write /dev/null/c\.safetensors"):
+        save_checkpoint(Path("/dev/null/c.safetensors"), parts, {})
+
+
+def test_others_may_read_it_as_any_new_file(tmp_path, parts):
+    (tmp_path / "new").touch()
+    save_checkpoint(tmp_path / "c.safetensors", parts, {})
+    assert (tmp_path / "c.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+    (tmp_path / "newer").touch()
+    assert (tmp_path / "newer").stat().st_mode == (tmp_path / "new").stat().st_mode  # the mask is what it was

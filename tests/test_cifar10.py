@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from minidiff.data import cifar10
-from minidiff.data.cifar10 import ARCHIVES, BATCHES, CLASSES, FOLDERS, captions, files_of, locate, read
+from minidiff.data.cifar10 import AGAIN, ARCHIVES, BATCHES, CLASSES, FOLDERS, captions, files_of, locate, read
 from minidiff.errors import UserError
 
 PYTHON, BINARY = "cifar-10-batches-py", "cifar-10-batches-bin"
@@ -219,10 +219,21 @@ def test_a_missing_batch_is_named(tmp_path, name):
 
 
 def test_nothing_there(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere", tmp_path / PYTHON, tmp_path / "cifar-10-binary.tar.gz"):
-        refused(lambda path=path: read(path), path, *FORMS, "minidiff download cifar10")
     (tmp_path / "file").write_bytes(b"")
-    refused(lambda: read(tmp_path / "file"), "there is no CIFAR-10")
+    paths = {name: tmp_path for name in ("file", "my.tar.gz", "cifar-10-binary.tar.gz")}  # where to put it instead
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / PYTHON, *(tmp_path / name for name in paths)):
+        sentence = refused(lambda path=path: read(path), "there is no CIFAR-10 in", path, *FORMS)
+        assert sentence.endswith(f"minidiff download cifar10 --out {paths.get(path.name, path)}")
+
+
+def test_a_batch_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write_binary(tmp_path / BINARY, small_cifar(1))
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(cifar10.Path, "read_bytes", refuse)
+    refused(lambda: read(tmp_path), "data_batch_1.bin cannot be read (Permission denied); check its permissions")
 
 
 @pytest.mark.parametrize("name", [PYTHON, BINARY])
@@ -231,28 +242,28 @@ def test_a_truncated_batch_is_named(tmp_path, name, keep):
     write_form(tmp_path, name, small_cifar(2))
     file = next(file for file in (tmp_path / name).iterdir() if file.name.startswith("data_batch_2"))
     file.write_bytes(file.read_bytes()[:keep])
-    refused(lambda: read(tmp_path), file)
+    refused(lambda: read(tmp_path), file, AGAIN)
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_an_oversized_batch_is_not_read(tmp_path, monkeypatch, name):
     write_form(tmp_path, name, small_cifar(2))
     monkeypatch.setattr(cifar10, "MOST_BYTES", 6000)
-    refused(lambda: read(tmp_path), name, "data_batch_1", "more than a file of CIFAR-10 can have")
+    refused(lambda: read(tmp_path), name, "data_batch_1", "more than a file of CIFAR-10 can have", AGAIN)
 
 
 @pytest.mark.parametrize("name", [PYTHON, BINARY])
 def test_a_batch_of_too_many_images_is_named(tmp_path, monkeypatch, name):
     write_form(tmp_path, name, small_cifar(3))
     monkeypatch.setattr(cifar10, "MOST_IMAGES", 2)
-    refused(lambda: read(tmp_path), "data_batch_1", "has 3 images", "1 to 2")
+    refused(lambda: read(tmp_path), "data_batch_1", "has 3 images", "1 to 2", AGAIN)
 
 
 def test_binary_records_with_a_wrong_label(tmp_path):
     batches = small_cifar(3)
     batches["data_batch_4"][1][2] = 10
     write_binary(tmp_path / BINARY, batches)
-    refused(lambda: read(tmp_path), "data_batch_4.bin", "image 2", "0..9")
+    refused(lambda: read(tmp_path), "data_batch_4.bin", "image 2", "0..9", AGAIN)
 
 
 @pytest.mark.parametrize("names", [["cat"] * 10, list(CLASSES[:9]), [*CLASSES, "more"], []])
@@ -320,7 +331,7 @@ HUGE = Opcodes(b"\x8b" + struct.pack("<i", 5000) + b"\x7f" * 5000)  # a whole nu
 def test_a_batch_that_is_none(tmp_path, changes, words):
     write_python(tmp_path / PYTHON, small_cifar(2))
     (tmp_path / PYTHON / "test_batch").write_bytes(pickled(batch(PLANES, LABELS, **changes)))
-    refused(lambda: read(tmp_path, "test"), tmp_path / PYTHON / "test_batch", *words)
+    refused(lambda: read(tmp_path, "test"), tmp_path / PYTHON / "test_batch", *words, AGAIN)
 
 
 @pytest.mark.parametrize("value, kind", [([1], "list"), (b"data", "bytes"), (None, "NoneType"), (7, "int")])
@@ -338,6 +349,11 @@ class Evil:
 
     def __reduce__(self):
         return os.mkdir, (self.marker,)
+
+
+def colliding(n):
+    """Opcodes that push n whole numbers of the same hash, each with a value."""
+    return b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"K\x01" for i in range(n))
 
 
 def payloads(marker):
@@ -374,6 +390,11 @@ def payloads(marker):
         "too large a memory in decimals": b"\x80\x02}p99999999999\n.",
         "too long a string": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x3fabc.",
         "a key that takes ages to hash": b"\x80\x02})" + b"2\x86" * 50 + b"K\x01s.",
+        "a key nested too deep to hash": b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s.",
+        "a key of marked tuples nested too deep": b"\x80\x02}" + b"(" * 100_000 + b"t" * 100_000 + b"K\x01s.",
+        "frozen sets nested too deep": b"\x80\x04}" + b"(" * 100_000 + b"\x91" * 100_000 + b"K\x01s.",
+        "numbers that take ages to tell apart": b"\x80\x02}(" + colliding(20_000) + b"u.",
+        "the same in decimals": b"}(" + b"".join(b"I%d\nI1\n" % (i * (2**61 - 1)) for i in range(20_000)) + b"u.",
         "no end": b"\x80\x02}",
         "no pickle": b"\x00" * 100,
         "an unknown protocol": b"\x80\xff}.",
@@ -401,7 +422,7 @@ def test_nothing_in_a_pickle_is_executed(tmp_path, registered, name, what):
     write_python(tmp_path / PYTHON, small_cifar(1))
     data = payloads(marker)[what]
     (tmp_path / PYTHON / name).write_bytes(data)
-    sentence = refused(lambda: read(tmp_path, "test"), tmp_path / PYTHON / name)
+    sentence = refused(lambda: read(tmp_path, "test"), tmp_path / PYTHON / name, AGAIN)
     assert sentence.isprintable()
     assert not marker.exists() and [p.name for p in tmp_path.iterdir()] == [PYTHON]
 
@@ -411,7 +432,12 @@ def test_nothing_in_a_pickle_is_executed(tmp_path, registered, name, what):
     [
         ("too large a memory", "2147483647 places in memory"),
         ("too large a memory in decimals", "99999999999 places in memory"),
-        ("a key that takes ages to hash", "refers 50 times to what it held before"),
+        ("a key that takes ages to hash", "holds over 40 tuples, long numbers and references"),
+        ("a key nested too deep to hash", "holds over 40 tuples"),
+        ("a key of marked tuples nested too deep", "holds over 40 tuples"),
+        ("frozen sets nested too deep", "holds over 40 tuples"),
+        ("numbers that take ages to tell apart", "holds over 40 tuples"),
+        ("the same in decimals", "holds over 40 tuples"),
     ],
 )
 def test_small_pickles_that_grow_are_not_begun(tmp_path, what, words):

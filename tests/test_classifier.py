@@ -126,10 +126,10 @@ def settings(tmp_path, name="folder", size=8, **changes):
 def test_it_is_trained_once_and_kept(tmp_path, trained):
     folder_of_classes(tmp_path / "data")
     config = settings(tmp_path, limit=5)
-    model, right, data = open_classifier(config)
+    model, right, judged, data = open_classifier(config)
     assert len(data) == 40 and data.prompts == data.classes == ("cat", "dog") and 0 <= right <= 1
-    again, same, _ = open_classifier(config)
-    assert len(trained) == 1 and len(trained[0]) == 36 and same == right
+    again, same, *_ = open_classifier(config)
+    assert len(trained) == 1 and len(trained[0]) == 36 and judged == 4 and same == right
     assert all((a == b).all() for a, b in zip(model.state().values(), again.state().values(), strict=True))
     folder_of_classes(tmp_path / "data", 22)
     open_classifier(config)
@@ -142,8 +142,8 @@ def test_that_of_cifar10_is_judged_by_the_test_batch(tmp_path, trained, monkeypa
     judged = []
     plain = module.accuracy
     monkeypatch.setattr(module, "accuracy", lambda model, data: judged.append(data) or plain(model, data))
-    _, _, data = open_classifier(settings(tmp_path, "cifar10", 32, limit=3))
-    assert len(data) == len(trained[0]) == 50 and len(judged[0]) == 10 and len(data.prompts) == 10
+    _, _, count, data = open_classifier(settings(tmp_path, "cifar10", 32, limit=3))
+    assert count == 10 and len(data) == len(trained[0]) == 50 and len(judged[0]) == 10 and len(data.prompts) == 10
     planes = small_cifar(10)["test_batch"][0]
     assert (judged[0].images.transpose(0, 3, 1, 2).reshape(10, -1) == planes).all()
 
@@ -153,7 +153,7 @@ def test_a_kept_classifier_that_does_not_fit_is_named(tmp_path, trained, change)
     from minidiff.checkpoint import save_checkpoint
 
     folder_of_classes(tmp_path / "data")
-    model, _, _ = open_classifier(settings(tmp_path))
+    model, *_ = open_classifier(settings(tmp_path))
     (file,) = (tmp_path / "cache").glob("classifier-*.safetensors")
     if change == "truncated":
         file.write_bytes(file.read_bytes()[:1000])
@@ -171,7 +171,7 @@ def test_a_kept_classifier_that_does_not_fit_is_named(tmp_path, trained, change)
 
 def test_pictures_that_no_classifier_can_be_made_of(tmp_path, trained):
     folder_of_classes(tmp_path / "data", names=("cat",))
-    with pytest.raises(UserError, match="not sorted into classes"):
+    with pytest.raises(UserError, match="are all of one class, 'cat'; a classifier needs two"):
         open_classifier(settings(tmp_path))
     folder_of_classes(tmp_path / "few" / "data", n=4)
     with pytest.raises(UserError, match="has too few pictures"):

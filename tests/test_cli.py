@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from test_train import TINY
 
 from minidiff.cli import main
+from minidiff.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,9 @@ def test_help(capsys, command):
         (["train", "shapes", "--resume", "nowhere"], ["name neither a preset nor --out"]),
         (["sample", "a red circle", "--run", "nowhere"], ["there is no checkpoint nowhere"]),
         (["evaluate", "nowhere"], ["there is no checkpoint nowhere"]),
+        (["evaluate", "--data.limit=3"], ["no option --data.limit=3 (did you mean '--data'?)"]),
+        (["evaluate", "--sample.stpes=3"], ["did you mean '--sample.steps'"]),
+        (["sample", "x", "--cuont", "3"], ["no option --cuont (did you mean '--count'?)", "minidiff sample --help"]),
         (["trian"], ["invalid choice: 'trian'"]),
         (["evaluate", "--n=two"], ["--n", "'two'"]),
         (["train", "shapes", "--unet.in_channels=7"], ["no option --unet.in_channels"]),
@@ -65,7 +70,16 @@ def test_bad_arguments(capsys, tmp_path, monkeypatch, arguments, words):
     err = fails(capsys, *arguments)
     for word in words:
         assert word in err
-    assert not list(tmp_path.iterdir())
+    assert "mean '--data.limit'" not in err and not list(tmp_path.iterdir())
+
+
+def test_settings_of_a_benchmark_may_follow_its_options(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import bench_training_curve
+
+    monkeypatch.setattr("sys.argv", ["bench_training_curve.py", "train.steps=3", "--minutes", "1", "train.stpes=3"])
+    with pytest.raises(UserError, match=r"no setting train\.stpes"):
+        bench_training_curve.main()
 
 
 def test_an_existing_folder_is_left_alone(capsys, run):
@@ -175,6 +189,8 @@ def test_export_writes_what_sample_draws_with(capsys, run, tmp_path):
         np.testing.assert_allclose(got[name].data, p.data, rtol=1e-3, atol=1e-6)
     command = ["sample", "a red circle", "--run", str(out), "--out", str(tmp_path / "a.png"), "--sample.steps=2"]
     assert main(command) == 0
+    assert main(["export", str(run), "--out", str(out), "--sample.guidance", "3.5"]) == 0
+    assert load_model(out)[1].sample == replace(load_model(run)[1].sample, guidance=3.5)
     assert "must end in .safetensors" in fails(capsys, "export", run, "--out", tmp_path / "x.npz")
     assert "no checkpoint" in fails(capsys, "export", tmp_path / "nowhere", "--out", out)
 

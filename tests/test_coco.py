@@ -23,6 +23,7 @@ ANNOTATIONS = [
     {"id": 4, "image_id": 30, "caption": "A bus"},
     {"id": 5, "image_id": 101, "caption": " \n"},
     {"id": 6, "image_id": 7, "caption": ""},
+    {"id": 8, "image_id": 101, "caption": "!!! \U0001f415"},
 ]
 CAPTIONS = [("a.jpg", ("A dog on a sofa.", "A sofa with a dog")), ("c.jpg", ("A bus",)), ("sub/d ü.jpg", ("Two cats",))]
 
@@ -86,7 +87,7 @@ def test_a_byte_order_mark_is_allowed(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    refuses(tmp_path / "nowhere", "there is no caption file", "nowhere")
+    refuses(tmp_path / "nowhere", "there is no folder and no caption file", "nowhere", "that COCO was unpacked in")
     refuses(tmp_path, "there is no", "captions_train*.json", "unpack COCO's annotations")
     file = write(tmp_path)
     refuses(tmp_path, "captions_val*.json", split="val")
@@ -138,12 +139,15 @@ def test_json_of_another_kind(tmp_path, content):
         (None, ["'id' must be a whole number"]),
         ([["id", 5]], ["'id' must be a whole number"]),
         ({"id": 7, "file_name": "x.jpg"}, ["has the id 7 of an image before it"]),
-        ({"id": 5, "file_name": ""}, ["names a file outside the image folder, ''"]),
-        ({"id": 5, "file_name": "/etc/x.jpg"}, ["outside the image folder, '/etc/x.jpg'"]),
-        ({"id": 5, "file_name": "../x.jpg"}, ["outside the image folder, '../x.jpg'"]),
-        ({"id": 5, "file_name": "a/../../x.jpg"}, ["outside the image folder"]),
-        ({"id": 5, "file_name": "..\\x.jpg"}, ["outside the image folder"]),
-        ({"id": 5, "file_name": "C:/x.jpg"}, ["outside the image folder"]),
+        ({"id": 5, "file_name": ""}, ["names no file inside the image folder, ''"]),
+        ({"id": 5, "file_name": "/etc/x.jpg"}, ["inside the image folder, '/etc/x.jpg'"]),
+        ({"id": 5, "file_name": "../x.jpg"}, ["inside the image folder, '../x.jpg'"]),
+        ({"id": 5, "file_name": "a/../../x.jpg"}, ["inside the image folder"]),
+        ({"id": 5, "file_name": "..\\x.jpg"}, ["inside the image folder"]),
+        ({"id": 5, "file_name": "C:/x.jpg"}, ["inside the image folder"]),
+        ({"id": 5, "file_name": "x\0.jpg"}, ["inside the image folder, 'x\\x00.jpg'"]),
+        ({"id": 5, "file_name": "\ud800.jpg"}, ["inside the image folder, '\\ud800.jpg'"]),
+        ({"id": 5, "file_name": "x" * 5000}, ["inside the image folder, 'xxx"]),
     ],
 )
 def test_a_wrong_image_entry_is_named(tmp_path, image, words):
@@ -165,17 +169,22 @@ def test_a_wrong_image_entry_is_named(tmp_path, image, words):
 )
 def test_a_wrong_annotation_is_named(tmp_path, annotation, words):
     write(tmp_path, annotations=[*ANNOTATIONS, annotation])
-    refuses(tmp_path, "captions_train2017.json: annotations[6]", *words)
+    refuses(tmp_path, "captions_train2017.json: annotations[7]", *words)
 
 
 def test_a_long_entry_is_shortened(tmp_path):
-    write(tmp_path, [{"file_name": "x" * 10_000}])
-    with pytest.raises(UserError) as e:
-        coco.items(tmp_path)
-    assert len(str(e.value)) < 400
+    file = write(tmp_path, [{"file_name": "x" * 10_000}])
+    deep = {f"{i}" * 30: {f"{k}" * 30: ["x" * 30] * 9 for k in range(9)} for i in range(9)}
+    for content in (file.read_text(), json.dumps(deep), json.dumps([deep] * 9)):
+        file.write_text(content)
+        with pytest.raises(UserError) as e:
+            coco.items(tmp_path)
+        assert len(str(e.value)) < 160 + len(str(file))
 
 
-@pytest.mark.parametrize("images, annotations", [([], []), (IMAGES, []), (IMAGES, ANNOTATIONS[4:5])])
+@pytest.mark.parametrize(
+    "images, annotations", [([], []), (IMAGES, []), (IMAGES, ANNOTATIONS[4:5]), (IMAGES, ANNOTATIONS[6:])]
+)
 def test_a_file_without_captions(tmp_path, images, annotations):
     write(tmp_path, images, annotations)
     refuses(tmp_path, "captions_train2017.json has no image with a caption")

@@ -1,7 +1,10 @@
 """Settings and opening of real pictures, and runs on them through the command line."""
 
+import contextlib
+import io
 import json
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +20,7 @@ from minidiff.cli import main
 from minidiff.data import DataConfig, Shapes, cache_folder, open_data, open_pictures, pictures
 from minidiff.data.cifar10 import CLASSES
 from minidiff.errors import UserError
-from minidiff.train import load_state, read_log
+from minidiff.train import load_state, read_log, train
 
 SIDE = 16
 
@@ -84,8 +87,11 @@ def config(name, path, **changes):
         ({"match": "cat"}, ["not for shapes"]),
         ({"limit": 3}, ["not for shapes"]),
         ({"path": "x"}, ["not for shapes"]),
-        ({"name": "coco", "limit": -1}, ["data.limit", "not be negative"]),
-        ({"name": "coco", "words": 0}, ["data.words", "at least 1"]),
+        ({"skip_broken": True}, ["data.skip_broken", "coco and folder", "shapes"]),
+        ({"name": "cifar10", "skip_broken": True}, ["data.skip_broken", "coco and folder", "cifar10"]),
+        ({"name": "coco", "limit": -1}, ["data.limit must not be negative, got -1"]),
+        ({"name": "coco", "words": 0}, ["data.words must be at least 1, got 0"]),
+        ({"name": "coco", "match": ")("}, ["data.match", "')('", "no regular expression"]),
         ({"name": "coco", "match": "("}, ["data.match", "'('", "no regular expression"]),
         ({"name": "coco", "match": "a{99999999999999999999}"}, ["data.match", "no regular expression"]),
         ({"ahead_first": 0.4}, ["data.ahead_first", "0.5..1"]),
@@ -101,7 +107,7 @@ def test_settings_are_checked(changes, words):
 
 @pytest.mark.parametrize("size", [8, 1024])
 def test_settings_at_their_limits(size):
-    DataConfig("folder", size=size, limit=1, words=1, match="dog|cat", flip=True)
+    DataConfig("folder", size=size, limit=1, words=1, match="dogs?|cats?", flip=True, skip_broken=True)
     DataConfig(size=16, ahead_first=0.5)
 
 
@@ -190,8 +196,11 @@ def test_the_content_of_cifar10_holds_which_pictures_are_of_a_class(tmp_path):
 
 def test_no_class_of_cifar10(tmp_path):
     write_binary(tmp_path / BINARY, small_cifar())
-    with pytest.raises(UserError, match=r"data\.match: 'zebra' matches none of the classes airplane, automobile"):
-        open_pictures(config("cifar10", tmp_path, match="zebra"), 0)
+    for match in ("zebra", "cats", "plane"):  # whole words
+        with pytest.raises(
+            UserError, match=rf"data\.match: '{match}' matches none of the classes airplane, automobile"
+        ):
+            open_pictures(config("cifar10", tmp_path, match=match), 0)
 
 
 def test_cifar10_is_read_once_until_a_file_changes(tmp_path, monkeypatch, cache):
@@ -217,6 +226,7 @@ def test_a_folder_of_classes(tmp_path):
     pixels = np.random.default_rng(102).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     assert (data.images[data.rows[5]] == pixels).all()
     one = open_pictures(config("folder", tmp_path / "data", match="FOX", limit=2), 0)
+    assert data.summary() == "6 pictures, 2 classes" and one.summary() == "2 of 6 pictures, 1 class"
     assert one.classes == ("red fox",) and one.labels.tolist() == [0, 0] and len(one) == 2
 
 
@@ -227,12 +237,14 @@ def test_captions_without_classes(tmp_path, name, write):
     assert data.labels is None and data.classes == () and data.prompts == ("a cat", "a dog", "two dogs", "a bird")
     assert data.words[0] == "a" and set(data.words) == {"a", "cat", "one", "on", "mat", "dog", "two", "dogs", "bird"}
     assert data.captions[0] == ("a cat", "one cat on a mat")
-    dogs = open_pictures(config(name, tmp_path / "data", match="dog"), 0)
+    dogs = open_pictures(config(name, tmp_path / "data", match="dogs?"), 0)
     assert [texts[0] for texts in dogs.captions] == ["a dog", "two dogs"]
+    assert data.summary() == "4 pictures, 5 captions, 9 words"
+    assert dogs.summary() == "2 of 4 pictures, 2 captions, 4 words"
     assert len(open_pictures(config(name, tmp_path / "data", limit=3), 0)) == 3
     short = open_pictures(config(name, tmp_path / "data", words=2), 0, longest=2)
     assert short.captions[0] == ("a cat", "one cat") and len(short.words) == 2
-    with pytest.raises(UserError, match=r"data\.match: no caption of 4 pictures matches 'zebra'"):
+    with pytest.raises(UserError, match=r"data\.match: no caption of 4 pictures holds 'zebra'"):
         open_pictures(config(name, tmp_path / "data", match="zebra"), 0)
 
 
@@ -281,24 +293,21 @@ def test_the_same_folder_by_another_way_is_decoded_once(tmp_path, monkeypatch):
     assert len(contents) == 1 and len(read) == 4
 
 
-def test_broken_pictures_stop_or_are_told(tmp_path, capsys):
+def test_broken_pictures_stop_or_are_told(tmp_path):
     write_captions(tmp_path / "data")
     (tmp_path / "data" / "b.png").write_bytes(b"no picture")
     (tmp_path / "data" / "d.png").unlink()
     with pytest.raises(UserError, match=r"b\.png is not an image"):
         open_pictures(config("folder", tmp_path / "data"), 0)
     for _ in range(2):
-        capsys.readouterr()
         data = open_pictures(config("folder", tmp_path / "data", skip_broken=True), 0)
-        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minidiff: ")]
-        assert len(told) == 1 and "2 of 4 pictures are left out; the first: " in told[0] and "b.png" in told[0]
+        assert data.summary().startswith("2 of 4 pictures, 3 captions, 7 words; 2 are left out, the first: ")
+        assert "b.png is not an image" in data.summary()
     assert len(data.left_out) == 2 and [texts[0] for texts in data.captions] == ["a cat", "two dogs"]
     _, captions = data.batch(0, 2)
     assert len(data) == 2 and len(captions) == 2 and "bird" not in data.words
     (tmp_path / "data" / "b.png").unlink()
-    capsys.readouterr()
-    open_pictures(config("folder", tmp_path / "data", match="two dogs"), 0)
-    assert "left out" not in capsys.readouterr().err
+    assert "left out" not in open_pictures(config("folder", tmp_path / "data", match="two dogs"), 0).summary()
 
 
 # ---- runs
@@ -344,7 +353,10 @@ def trained(parent, preset, **changes):
         patch.setattr(module, "save_state", save_and_copy)
         patch.chdir(parent)
         where = {"data.path": "data", "data.cache": str(parent / "cache")}
-        assert main(["train", preset, "--out", "run", *flags(**where, **changes)]) == 0
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            assert main(["train", preset, "--out", "run", *flags(**where, **changes)]) == 0
+    (parent / "said").write_text(said.getvalue())
     return parent
 
 
@@ -360,15 +372,42 @@ def test_a_run_is_logged_drawn_and_saved(folder_run, cifar_run):
         records = read_log(parent / "run")
         assert [r["step"] for r in records] == [1, 2, 3, 4]
         assert all(np.isfinite(r["loss"]) and r["waited"] >= 0 for r in records)
+        what = "5 pictures, 10 captions, 54 words" if parent == folder_run else "50 pictures, 10 classes"
+        assert f"data: {what}\n" in (parent / "said").read_text()
         state = load_state(parent / "run" / FILE)
         assert state.step == STEPS and state.config.data.path == str(parent / "data")
         assert load_state(parent / "step2" / FILE).step == 2
     assert [p.name for p in (folder_run / "run" / "samples").iterdir()] == ["step_000004.png"]
 
 
-def test_a_resumed_run_is_bit_identical(any_run, monkeypatch, tmp_path):
+def test_a_batch_is_drawn_while_the_step_before_is_taken(folder_run):
+    state = load_state(folder_run / "step2" / FILE)
+    data = open_data(state.config.data, 0)
+    asked = [threading.Event() for _ in range(6)]
+    seen = []
+
+    class Watched:
+        def batch(self, step, size):
+            asked[step].set()
+            return data.batch(step, size)
+
+    take = state.optimizer.step
+
+    def step(*args):
+        seen.append(asked[state.step + 1].wait(10))  # without prefetching it comes after this step, and never here
+        take(*args)
+
+    state.optimizer.step = step
+    for _ in train(state, Watched()):
+        pass
+    assert seen == [True, True]
+
+
+def test_a_resumed_run_is_bit_identical(any_run, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--resume", str(any_run / "step2")]) == 0
+    found = capsys.readouterr().err.splitlines()[0]
+    assert found.startswith("data: ") and f"{found}\n" in (any_run / "said").read_text()
     assert same_bits(load_state(any_run / "run" / FILE), load_state(any_run / "step2" / FILE))
 
 
@@ -438,13 +477,30 @@ def test_evaluate_asks_the_classifier(cifar_run, quick, capsys, tmp_path):
     run, moved = tmp_path / "copy" / "run", tmp_path / "copy" / "data"
     command = ["evaluate", str(run), "--data", str(moved)]
     assert main([*command, "--n=12", "--no-pictures"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    out, err = capsys.readouterr()
+    last = out.splitlines()[-1]
+    assert "data: 50 pictures, 10 classes\n" in err and "of 10 unseen real pictures it names" in last
     assert last.startswith("the classifier names the class that was asked for: ") and "n=12; chance 10.0%" in last
     assert not (run / "evaluation.json").exists()
     assert main([*command, "--n=2"]) == 0
     report = json.loads((run / "evaluation.json").read_text())
     assert report["n"] == 2 and set(report["scores"]) == {"an airplane", "an automobile", "all"}
     assert {"captions.png", "filmstrip.png", "guidance.png", "loss.png"} <= {p.name for p in run.iterdir()}
+
+
+def test_evaluate_refuses_classes_that_the_model_does_not_know(tmp_path, quick, capsys):
+    for folder, names in (("data", ("cat", "red_fox")), ("other", ("cat", "owl")), ("one", ("cat",))):
+        write_classes(tmp_path / folder, 10, names)
+    where = {"data.path": tmp_path / "data", "data.size": SIDE, "train.steps": 2}
+    assert main(["train", "folder", "--out", str(tmp_path / "run"), *flags(**where)]) == 0
+    command = ["evaluate", tmp_path / "run", "--n=2", "--sample.steps=2", "--no-pictures"]
+    main(list(map(str, [*command, "--data", tmp_path / "other"])))  # decodes, which shows a bar
+    assert "does not know 'owl', a class in " in fails(capsys, *command, "--data", tmp_path / "other")
+    main(list(map(str, [*command, "--data", tmp_path / "one"])))
+    assert "are all of one class, 'cat'" in fails(capsys, *command, "--data", tmp_path / "one")
+    assert not list((tmp_path / "cache" / "minidiff").glob("classifier-*"))
+    assert main(list(map(str, command))) == 0
+    assert "of 2 unseen real pictures" in capsys.readouterr().out
 
 
 def test_evaluate_needs_classes(folder_run, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -59,10 +60,12 @@ def test_stamps_tell_files_apart(tmp_path, monkeypatch):
     file.write_bytes(b"longer")
     os.utime(file, ns=(0, 10**18))
     seen.append(stamps([file]))
+    file.chmod(0o600)
+    seen.append(stamps([file]))  # it may be readable now
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
     monkeypatch.chdir(tmp_path)
     assert stamps([type(file)("x")]) == seen[-1]  # the same file, named from the working folder
-    assert json.loads(json.dumps(seen[-1])) == [[str(file), 6, 10**18]]
+    assert json.loads(json.dumps(seen[-1])) == [[str(file), 6, 10**18, 0o100600]]
 
 
 # ---- damaged, or of other data
@@ -143,6 +146,23 @@ def test_a_file_in_the_place_of_the_folder(tmp_path, make):
     refused(tmp_path, make, "is damaged")
 
 
+def test_facts_that_were_changed(tmp_path, make):
+    file = kept(tmp_path, make) / FACTS
+    about = json.loads(file.read_text())
+    for facts in ({}, {**about["facts"], "labels": [1, 9]}, {**about["facts"], "more": 1}, [], None):
+        file.write_text(json.dumps({**about, "facts": facts}))
+        refused(tmp_path, make)
+    file.write_text(json.dumps(about["facts"]))
+    refused(tmp_path, make, "is damaged")
+
+
+def test_another_version_makes_its_own(tmp_path, make, monkeypatch):
+    decoded(tmp_path, "set", ["a"], make)
+    monkeypatch.setattr(sys.modules[decoded.__module__], "VERSION", 0)
+    decoded(tmp_path, "set", ["a"], make)
+    assert make.calls == 2 and len(list(tmp_path.iterdir())) == 2
+
+
 # ---- a maker that fails, and two at once
 
 
@@ -184,6 +204,25 @@ def test_a_rename_that_fails_for_another_reason_is_told(tmp_path, make, monkeypa
         raise PermissionError(13, "not allowed")
 
     monkeypatch.setattr("os.rename", fail)
-    with pytest.raises(PermissionError):
+    with pytest.raises(UserError, match="not allowed"):
         decoded(tmp_path, "set", ["a"], make)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be_written_are_told(tmp_path, make):
+    def fill(path):
+        path.write_bytes(b"some of it")
+        raise OSError("Not enough free space to write 153600000 bytes")  # as NumPy says it, without a file
+
+    (tmp_path / "file").touch()
+    cases = [
+        (tmp_path / "cache", fill, "Not enough free space"),
+        (tmp_path / "file", make, "File exists"),
+        (tmp_path / "file" / "cache", make, "Not a directory"),
+    ]
+    for folder, maker, why in cases:
+        with pytest.raises(UserError) as e:
+            decoded(folder, "set", ["a"], maker)
+        for word in (f"cannot be kept in {folder} ({why}", "make room", "--data.cache"):
+            assert word in str(e.value)
+    assert make.calls == 0 and not list((tmp_path / "cache").iterdir())

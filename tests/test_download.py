@@ -87,12 +87,12 @@ def shared_server():
 
 @pytest.fixture
 def server(shared_server, monkeypatch):
-    """The server with a clean record; ("tiny", "python") is what it serves, and no attempt waits for another."""
+    """The server with a clean record; ("tiny", "binary") is what it serves, and no attempt waits for another."""
     shared_server.requests, shared_server.answers = [], []
     shared_server.url = f"http://127.0.0.1:{shared_server.server_port}"
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(module, "PAUSES", (0, 0, 0))
-    monkeypatch.setitem(FILES, ("tiny", "python"), File(f"{shared_server.url}/tiny.tar.gz", len(DATA), MD5))
+    monkeypatch.setitem(FILES, ("tiny", "binary"), File(f"{shared_server.url}/tiny.tar.gz", len(DATA), MD5))
     return shared_server
 
 
@@ -444,7 +444,7 @@ def test_ctrl_c_keeps_what_came(server, folder, monkeypatch):
     ],
 )
 def test_mirrors(server, folder, monkeypatch, capsys, mirror, path):
-    monkeypatch.setitem(FILES, ("tiny", "python"), File("http://nowhere.invalid/tiny.tar.gz", len(DATA), MD5))
+    monkeypatch.setitem(FILES, ("tiny", "binary"), File("http://nowhere.invalid/tiny.tar.gz", len(DATA), MD5))
     fetches(server, folder, [None], mirror=server.url + mirror)
     assert server.requests == [(path, None)]
     err = capsys.readouterr().err

@@ -32,7 +32,7 @@ def refuses(path, *words):
     with pytest.raises(UserError) as e:
         folder.items(path)
     for word in words:
-        assert word in str(e.value)
+        assert str(word) in str(e.value)
     assert "\n" not in str(e.value)
 
 
@@ -126,9 +126,27 @@ def test_pictures_outside_the_class_folders(tmp_path):
     refuses(tmp_path, "stray.jpg is in no class folder; move it")
 
 
-def test_a_class_without_a_name(tmp_path):
-    add(tmp_path, "_-_/a.jpg")
-    refuses(tmp_path, "class folder", "_-_", "holds no words; rename it")
+@pytest.mark.parametrize("name", ["_-_", "🐕", "!!!"])
+def test_a_class_without_a_name(tmp_path, name):
+    add(tmp_path, f"{name}/a.jpg", "cat/a.jpg")
+    refuses(tmp_path, "class folder", name, "holds no words; rename it")
+
+
+@pytest.mark.parametrize("parts", [["train", "val"], ["train"], ["Train", "valid", "test"], ["validation", "test"]])
+def test_parts_of_a_data_set_are_no_classes(tmp_path, parts):
+    for part in parts:
+        add(tmp_path, f"{part}/cat/a.jpg", f"{part}/dog/a.jpg")
+    refuses(tmp_path, f"{tmp_path} are parts of a data set, not classes; name one, such as {tmp_path}/{min(parts)}")
+    assert [label for _, _, label in found(tmp_path / parts[0])] == ["cat", "dog"]
+    add(tmp_path, "bus/a.jpg")  # then these are classes, among them that of trains
+    assert len(found(tmp_path)) == 1 + 2 * len(parts)
+
+
+def test_metadata_one_level_down_is_not_passed_over(tmp_path):
+    add(tmp_path, "a/x.jpg", "b/images/x.jpg", "c/x.jpg")
+    describe(tmp_path / "b", {"file_name": "images/x.jpg", "text": "A dog"})
+    refuses(tmp_path, "name one, such as", tmp_path / "b")
+    assert found(tmp_path / "b") == [("images/x.jpg", ("A dog",), None)]
 
 
 def test_pictures_without_captions(tmp_path):
@@ -180,11 +198,11 @@ def test_a_picture_without_its_text(tmp_path):
     refuses(tmp_path, "b.jpg has no b.txt with its caption")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n\t\n", b"\xef\xbb\xbf\n"])
+@pytest.mark.parametrize("content", [b"", b"\n \n\t\n", b"\xef\xbb\xbf\n", b"!!!\n_\n"])
 def test_a_text_without_a_caption(tmp_path, content):
     add(tmp_path, "a.jpg")
     (tmp_path / "a.txt").write_bytes(content)
-    refuses(tmp_path, "a.txt is empty; write a caption")
+    refuses(tmp_path, "a.txt holds no words; write a caption")
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
@@ -240,17 +258,20 @@ GOOD = {"file_name": "a.jpg", "text": "A dog"}
         ({"file_name": "b.jpg", "text": None}, ['no "text"']),
         ({"file_name": "b.jpg", "text": {"en": "A cat"}}, ['no "text"']),
         ({"file_name": "b.jpg", "text": ["A cat", 3]}, ['no "text"']),
-        ({"file_name": "b.jpg", "text": ""}, ["an empty caption"]),
-        ({"file_name": "b.jpg", "text": " \n"}, ["an empty caption"]),
-        ({"file_name": "b.jpg", "text": []}, ["an empty caption"]),
-        ({"file_name": "b.jpg", "caption": [" "]}, ["an empty caption"]),
+        ({"file_name": "b.jpg", "text": ""}, ["a caption without words"]),
+        ({"file_name": "b.jpg", "text": " \n"}, ["a caption without words"]),
+        ({"file_name": "b.jpg", "text": []}, ["a caption without words"]),
+        ({"file_name": "b.jpg", "caption": [" ", "🐕"]}, ["a caption without words"]),
         ({"file_name": "a.jpg", "text": "A cat"}, ["names a.jpg a second time"]),
         ({"file_name": "./a.jpg", "text": "A cat"}, ["names a.jpg a second time"]),
-        ({"file_name": "", "text": "A cat"}, ["outside the folder, ''"]),
-        ({"file_name": "../b.jpg", "text": "A cat"}, ["outside the folder, '../b.jpg'"]),
-        ({"file_name": "/b.jpg", "text": "A cat"}, ["outside the folder, '/b.jpg'"]),
-        ({"file_name": "deep\\b.jpg", "text": "A cat"}, ["outside the folder"]),
-        ({"file_name": "C:b.jpg", "text": "A cat"}, ["outside the folder"]),
+        ({"file_name": "", "text": "A cat"}, ["inside the folder, ''"]),
+        ({"file_name": "../b.jpg", "text": "A cat"}, ["inside the folder, '../b.jpg'"]),
+        ({"file_name": "/b.jpg", "text": "A cat"}, ["inside the folder, '/b.jpg'"]),
+        ({"file_name": "deep\\b.jpg", "text": "A cat"}, ["inside the folder"]),
+        ({"file_name": "C:b.jpg", "text": "A cat"}, ["inside the folder"]),
+        ({"file_name": "b\0.jpg", "text": "A cat"}, ["inside the folder, 'b\\x00.jpg'"]),
+        ('{"file_name": "\\ud800.jpg", "text": "A cat"}', ["inside the folder, '\\ud800.jpg'"]),
+        ({"file_name": "b" * 5000, "text": "A cat"}, ["inside the folder, 'bbb"]),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, record, words):

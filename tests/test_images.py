@@ -338,6 +338,7 @@ def test_what_is_no_image_file(tmp_path):
     refuses(tmp_path / "dangling.jpg", "there is no image file")
     refuses(tmp_path / "with\0zero.jpg", "there is no image file")
     refuses(tmp_path / "folder.jpg", "is a folder")
+    refuses(tmp_path / ("x" * 300 + ".jpg"), r"cannot be read, .* \(File name too long\)")
     refuses(tmp_path / "empty.png", "is empty")
     refuses(tmp_path / "text.jpg", r"is not an image that can be read here \(JPEG, PNG, WEBP")
 
@@ -464,7 +465,9 @@ def test_suffixes():
     assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in IMAGE_SUFFIXES)
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a/b c/ü.jpg", "./a.jpg", "..a.jpg", "a..b/c.jpg", ".hidden/a.jpg"])
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "a/b c/ü.jpg", "./a.jpg", "..a.jpg", "a..b/c.jpg", ".hidden/a.jpg", "🐕.jpg"]
+)
 def test_names_inside(name):
     assert stays_inside(name)
 
@@ -472,7 +475,8 @@ def test_names_inside(name):
 @pytest.mark.parametrize(
     "name",
     ["", ".", "/", "/a.jpg", "//host/share/a.jpg", "..", "../a.jpg", "a/../../b.jpg", "a/..", "a\\b.jpg"]
-    + ["..\\a.jpg", "\\a.jpg", "\\\\host\\share\\a.jpg", "C:\\a.jpg", "C:/a.jpg", "c:a.jpg", "a/..\\..\\b.jpg"],
+    + ["..\\a.jpg", "\\a.jpg", "\\\\host\\share\\a.jpg", "C:\\a.jpg", "C:/a.jpg", "c:a.jpg", "a/..\\..\\b.jpg"]
+    + ["a\0.jpg", "\ud800.jpg", "\udfff", "x" * 1001],
 )
 def test_names_outside(name):
     assert not stays_inside(name)

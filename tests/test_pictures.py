@@ -1,6 +1,7 @@
 """Pictures as training gets them: the walk, the mirroring, the captions, and decoding once."""
 
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -152,13 +153,27 @@ def items(*captions):
 
 
 def test_chosen_looks_into_every_caption_in_any_case():
-    found = items("a Dog", ("a cat", "two DOGS"), "a cat", "hotdog stand")
-    assert chosen(found, "dog", 0) == [found[0], found[1], found[3]]
-    assert chosen(found, r"\bdog\b", 0) == [found[0]]
-    assert chosen(found, "dog|cat", 0) == found == chosen(found, "", 0)
-    with pytest.raises(UserError, match=re.escape("no caption of 4 pictures matches 'zebra'")):
+    found = items("a Dog", ("a cat", "two DOGS"), "a cat", "a dog.")
+    assert chosen(found, "dogs?", 0) == [found[0], found[1], found[3]]
+    assert chosen(found, "dog", 0) == chosen(found, r"\bdog\b", 0) == chosen(found, "^a dog", 0) == [found[0], found[3]]
+    assert chosen(found, "dogs?|cats?", 0) == found == chosen(found, "", 0) == chosen(found, ".*", 0)
+    with pytest.raises(UserError, match=re.escape("no caption of 4 pictures holds 'zebra' as whole words")):
         chosen(found, "zebra", 0)
-    assert len(chosen(found, "dog", 2)) == 2 and set(chosen(found, "dog", 2)) <= set(chosen(found, "dog", 0))
+    few = chosen(found, "dogs?", 2)
+    assert len(few) == 2 and set(few) <= set(chosen(found, "dogs?", 0))
+
+
+def test_chosen_finds_whole_words_in_every_alternative():
+    found = items("a located cat-like dog", "located", "cattle", "hotdog", "one dog", "the cat")
+    assert chosen(found, "dog|cat", 0) == [found[0], found[4], found[5]]
+
+
+def test_what_a_set_holds_in_a_line():
+    data = replace(numbered(labels=None), words=("a", "b"), found=N)
+    assert data.summary() == "10 pictures, 19 captions, 2 words"
+    assert replace(data, found=80).summary() == "10 of 80 pictures, 19 captions, 2 words"
+    broken = replace(numbered(found=12), left_out=("x.png is empty", "y"))
+    assert broken.summary() == "10 of 12 pictures, 3 classes; 2 are left out, the first: x.png is empty"
 
 
 def test_some_of_is_even_rising_and_always_the_same():
@@ -222,6 +237,22 @@ def test_pictures_are_decoded_once(tmp_path, folder, reads):
     assert small.shape == (6, 4, 4, 3) and len(reads) == 12 and other != digest
 
 
+@pytest.mark.skipif(not hasattr(os, "SEEK_HOLE"), reason="holes in files cannot be found here")
+def test_the_disk_has_room_for_all_before_the_first_is_read(tmp_path, folder, monkeypatch):
+    """On a full disk, writing into a hole of a mapped file would end the process without a word."""
+    holes = []
+
+    def read(path, size):
+        (file,) = tmp_path.glob("cache/.set-*/images.npy")
+        with open(file, "rb") as f:
+            holes.append((f.seek(0, os.SEEK_HOLE), file.stat().st_size))
+        return np.zeros((size, size, 3), np.uint8)
+
+    monkeypatch.setattr(module, "read_image", read)
+    decode(folder, 256, tmp_path / "cache", "set", False)
+    assert len(holes) == 6 and all(hole == size > 6 * 256 * 256 * 3 for hole, size in holes)
+
+
 def test_a_picture_that_changed_is_decoded_again(tmp_path, folder, reads):
     _, _, before, _ = decode(folder, 8, tmp_path / "cache", "set", False)
     paint(folder[2].path, 9)
@@ -237,6 +268,12 @@ def ruin(folder):
     """The second picture is missing, the fifth broken."""
     folder[1].path.unlink()
     folder[4].path.write_bytes(b"no picture")
+
+
+def test_a_name_that_the_file_system_refuses_is_left_out_as_well(tmp_path, folder):
+    folder[2] = Item(tmp_path / ("x" * 400 + ".png"), ("far too long",))
+    _, rows, _, broken = decode(folder, 8, tmp_path / "cache", "set", True)
+    assert rows.tolist() == [0, 1, 3, 4, 5] and "cannot be read" in broken[0] and len(broken[0]) < 700
 
 
 def test_the_first_broken_picture_stops(tmp_path, folder):
@@ -271,4 +308,4 @@ def test_none_that_can_be_read(tmp_path, folder):
 def test_what_is_kept_is_named_by_json(tmp_path, folder):
     decode(folder, 8, tmp_path / "cache", "set", False)
     (place,) = (tmp_path / "cache").iterdir()
-    assert json.loads((place / "about.json").read_text())["rows"] == list(range(6))
+    assert json.loads((place / "about.json").read_text())["facts"]["rows"] == list(range(6))

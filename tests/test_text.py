@@ -37,6 +37,7 @@ def test_a_caption_that_is_too_long_is_refused():
         ("2 circles", [START, TWO, UNKNOWN, END]),
         ("<pad> <end>", [START, UNKNOWN, UNKNOWN, END]),
         ("a\n\tred\u00a0circle", [START, A, RED, CIRCLE, END]),
+        ("re\u0301d cafe\u0301", [START, UNKNOWN, UNKNOWN, END]),
         ("ein Grüßchen 丸 🔴", [START, UNKNOWN, UNKNOWN, UNKNOWN, END]),
         ("a red circle a blue", [START, A, RED, CIRCLE, A, BLUE, END]),
     ],
@@ -59,6 +60,8 @@ def test_captions_of_a_batch_are_padded_to_one_length():
 def test_words_may_be_any_letters():
     ids, _ = WordTokenizer(("grün", "цвет", "丸"))(["GRÜN Цвет 丸"], 5)
     assert ids.tolist() == [[START, 4, 5, 6, END]]
+    ids, _ = WordTokenizer(("grün", "café"))(["GRU\u0308N cafe\u0301 CAFÉ"], 5)  # accents by themselves
+    assert ids.tolist() == [[START, 4, 5, 5, END]]
 
 
 def test_unknown_words_are_named():

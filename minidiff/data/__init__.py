@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from minidiff.data import cifar10, coco, folder, shapes
 from minidiff.data.decoded import decoded, stamps
-from minidiff.data.pictures import Pictures, chosen, decode, shortened, some_of, vocabulary
+from minidiff.data.pictures import Pictures, chosen, decode, shortened, some_of, vocabulary, whole_words
 from minidiff.errors import UserError
 
 NAMES = ("shapes", "cifar10", "coco", "folder")
@@ -31,7 +30,8 @@ class DataConfig:
     size: int = field(default=32, metadata={"help": "height and width of the images in pixels"})
     flip: bool = field(default=False, metadata={"help": "mirror half of the pictures, left to right"})
     match: str = field(
-        default="", metadata={"help": 'take the pictures with a caption that this regular expression finds: "dog|cat"'}
+        default="",
+        metadata={"help": 'take the pictures whose captions hold these words, a regular expression: "dogs?|cats?"'},
     )
     limit: int = field(default=0, metadata={"help": "take at most this many pictures, evenly at random; 0: all"})
     words: int = field(
@@ -58,10 +58,14 @@ class DataConfig:
             raise ValueError(f"data.size must be in 8..1024, got {self.size}")
         if self.name == "shapes" and (self.flip or self.match or self.limit or self.path):
             raise ValueError("data.path, flip, match and limit are not for shapes, which are drawn as they are needed")
-        if self.limit < 0 or self.words < 1:
-            raise ValueError("data.limit must not be negative, and data.words at least 1")
+        if self.skip_broken and self.name in ("shapes", "cifar10"):
+            raise ValueError(f"data.skip_broken is for coco and folder; no picture of {self.name} is a file of its own")
+        if self.limit < 0:
+            raise ValueError(f"data.limit must not be negative, got {self.limit}")
+        if self.words < 1:
+            raise ValueError(f"data.words must be at least 1, got {self.words}")
         try:
-            re.compile(self.match)
+            whole_words(self.match)
         except (re.error, OverflowError, RecursionError) as e:
             raise ValueError(f"data.match: {self.match!r} is no regular expression: {e}") from e
         if not 0.5 <= self.ahead_first <= 1:
@@ -135,13 +139,12 @@ def open_pictures(config: DataConfig, seed: int, longest: int = 1000, split: str
     found = coco.items(path, split) if config.name == "coco" else folder.items(path)
     items = chosen(found, config.match, config.limit)
     images, rows, digest, broken = decode(items, config.size, cache, config.name, config.skip_broken)
-    if broken:
-        print(f"minidiff: {len(broken)} of {len(items)} pictures are left out; the first: {broken[0]}", file=sys.stderr)
     items = [items[i] for i in rows]
     captions = shortened([item.captions for item in items], longest)
     labels = [item.label for item in items if item.label is not None]
-    data = _pictures(images, rows, captions, digest, config, seed, labels, broken)
-    return replace(data, prompts=_unseen(config, path, longest) or data.prompts)
+    data = _pictures(config, seed, images, rows, captions, labels, digest)
+    prompts = _unseen(config, path, longest) or data.prompts
+    return replace(data, prompts=prompts, found=len(found), left_out=broken)
 
 
 def _unseen(config: DataConfig, path: Path, longest: int) -> tuple[str, ...]:
@@ -169,7 +172,7 @@ def _open_cifar10(config: DataConfig, path: Path, cache: Path, seed: int, split:
         return {"labels": labels.tolist(), "names": names}
 
     images, about = decoded(cache, "cifar10", ["cifar10", split, stamps(cifar10.files_of(path))], make)
-    pattern = re.compile(config.match, re.IGNORECASE)
+    pattern = whole_words(config.match)
     called = [cifar10.captions(name) for name in about["names"]]
     wanted = [any(pattern.search(text) for text in texts) for texts in called]
     labels = np.array(about["labels"])
@@ -179,18 +182,18 @@ def _open_cifar10(config: DataConfig, path: Path, cache: Path, seed: int, split:
     rows = rows[some_of(len(rows), config.limit)]
     captions = [called[label] for label in labels[rows]]
     classes = [about["names"][label] for label in labels[rows]]
-    return _pictures(images, rows, captions, about["content"], config, seed, classes)
+    data = _pictures(config, seed, images, rows, captions, classes, about["content"])
+    return replace(data, found=len(labels))
 
 
 def _pictures(
+    config: DataConfig,
+    seed: int,
     images: np.ndarray,
     rows: np.ndarray,
     captions: Sequence[Sequence[str]],
-    digest: str,
-    config: DataConfig,
-    seed: int,
     labels: Sequence[str],
-    left_out: tuple[str, ...] = (),
+    digest: str,
 ) -> Pictures:
     """labels: the class of each picture of the set, or none at all."""
     classes, first, numbers = np.unique(np.array(labels, object), return_index=True, return_inverse=True)
@@ -198,7 +201,14 @@ def _pictures(
     prompts = tuple(captions[i][0] for i in shown)
     facts = json.dumps([digest, rows.tolist(), [list(texts) for texts in captions]])
     return Pictures(
-        images, rows, captions, vocabulary(captions, config.words), prompts,
-        hashlib.sha256(facts.encode()).hexdigest(), seed, config.flip,
-        numbers if labels else None, tuple(classes), left_out,
-    )  # fmt: skip
+        images=images,
+        rows=rows,
+        captions=captions,
+        words=vocabulary(captions, config.words),
+        prompts=prompts,
+        content=hashlib.sha256(facts.encode()).hexdigest(),
+        seed=seed,
+        flip=config.flip,
+        labels=numbers if labels else None,
+        classes=tuple(classes),
+    )

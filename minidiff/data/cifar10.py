@@ -29,12 +29,16 @@ PIXELS = 3 * SIDE * SIDE
 MOST_IMAGES = 10_000  # in one batch file
 MOST_BYTES = 40_000_000  # of one batch file; the published ones have 31 million
 MOST_IN_ARCHIVE = 8 * MOST_BYTES
-MOST_REFERENCES = 40  # in a pickle, to what it held before; the published ones have next to none
+MOST_COSTLY = 40  # of COSTLY in a pickle; the published ones have few
+COSTLY = frozenset("GET BINGET LONG_BINGET DUP TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET INT LONG LONG1 LONG4".split())
+"""Opcodes for references to what was there before, nesting, and long numbers: of these, keys can be made that fill the
+memory, exhaust the stack, or take ages to hash or to tell apart."""
 
 FOLDERS = {"cifar-10-batches-bin": "binary", "cifar-10-batches-py": "python"}
 ARCHIVES = {"cifar-10-binary.tar.gz": "binary", "cifar-10-python.tar.gz": "python"}
 BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
 NAMES = {"binary": "batches.meta.txt", "python": "batches.meta"}
+AGAIN = "remove this CIFAR-10 and fetch it again: minidiff download cifar10"
 
 
 def captions(name: str) -> tuple[str, ...]:
@@ -58,7 +62,7 @@ def read(path: Path, split: str = "train") -> tuple[np.ndarray, np.ndarray, tupl
     for name in wanted:
         data = files(name)
         if data is None:
-            raise UserError(f"{source} lacks {name}; fetch CIFAR-10 again: minidiff download cifar10")
+            raise UserError(f"{source} lacks {name}; {AGAIN}")
         parts.append(parse(data, f"{source}/{name}"))
     planes, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
     images = planes.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
@@ -73,9 +77,10 @@ def locate(path: Path) -> tuple[Path, str]:
                 return path / name, form
             if path.name == name and there(path):
                 return path, form
+    folder = path.parent if path.is_file() or path.suffix == ".gz" else path
     raise UserError(
         f"there is no CIFAR-10 in {path}: wanted {', '.join((*FOLDERS, *ARCHIVES))}; "
-        f"fetch it: minidiff download cifar10 --out {path}"
+        f"fetch it: minidiff download cifar10 --out {folder}"
     )
 
 
@@ -93,8 +98,11 @@ def _from_folder(folder: Path) -> Callable[[str], bytes | None]:
         path = folder / name
         if not path.is_file():
             return None
-        _check_size(path.stat().st_size, str(path))
-        return path.read_bytes()
+        try:
+            _check_size(path.stat().st_size, str(path))
+            return path.read_bytes()
+        except OSError as e:
+            raise UserError(f"{path} cannot be read ({e.strerror or e}); check its permissions and the disk") from e
 
     return file
 
@@ -108,7 +116,7 @@ def _from_archive(archive: Path, form: str) -> Callable[[str], bytes | None]:
                 name, where = _member_path(member, archive), f"{archive}: its member {member.name[:80]!r}"
                 if member.isreg() and str(name.parent) == folder:
                     if name.name in contents:
-                        raise UserError(f"{where} is there twice; this is not the published file")
+                        raise UserError(f"{where} is there twice; {AGAIN}")
                     _check_size(member.size, where)
                     stored = tar.extractfile(member)
                     assert stored is not None  # a regular file
@@ -128,24 +136,24 @@ def _unpacked(archive: Path) -> bytes:
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise UserError(f"{archive} is truncated or damaged ({e}); remove it and fetch it again") from e
     if len(data) > MOST_IN_ARCHIVE:
-        raise UserError(f"{archive} unpacks to over {MOST_IN_ARCHIVE:,} bytes; this is not CIFAR-10")
+        raise UserError(f"{archive} unpacks to over {MOST_IN_ARCHIVE:,} bytes; {AGAIN}")
     return data
 
 
 def _member_path(member: tarfile.TarInfo, archive: Path) -> PurePosixPath:
     name, where = PurePosixPath(member.name), f"{archive}: its member {member.name[:80]!r}"
     if name.is_absolute() or ".." in name.parts:
-        raise UserError(f"{where} points outside the archive; this is not the published file")
+        raise UserError(f"{where} points outside the archive; {AGAIN}")
     if not (member.isreg() or member.isdir()):
-        raise UserError(f"{where} is a link or a device; this is not the published file")
+        raise UserError(f"{where} is a link or a device; {AGAIN}")
     if member.size < 0:  # tarfile would go back, and read the same members for ever
-        raise UserError(f"{where} has a negative size; this is not the published file")
+        raise UserError(f"{where} has a negative size; {AGAIN}")
     return name
 
 
 def _check_size(size: int, where: str) -> None:
     if size > MOST_BYTES:
-        raise UserError(f"{where} has {size:,} bytes, more than a file of CIFAR-10 can have")
+        raise UserError(f"{where} has {size:,} bytes, more than a file of CIFAR-10 can have; {AGAIN}")
 
 
 # ---- one batch file -> planes uint8 (n, 3072) and labels (n,)
@@ -155,7 +163,7 @@ def _parse_records(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
     if not data or len(data) % (1 + PIXELS):
         raise UserError(
             f"{where} has {len(data):,} bytes, which are no whole number of records of {1 + PIXELS}: it is truncated "
-            "or not a batch of CIFAR-10"
+            f"or not a batch of CIFAR-10; {AGAIN}"
         )
     records = np.frombuffer(data, np.uint8).reshape(-1, 1 + PIXELS)
     return records[:, 1:], _checked_labels(records[:, 0], where)
@@ -164,24 +172,24 @@ def _parse_records(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
 def _parse_pickle(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
     record = _unpickle(data, where)
     if b"fine_labels" in record:
-        raise UserError(f"{where} is a batch of CIFAR-100, not of CIFAR-10")
+        raise UserError(f"{where} is a batch of CIFAR-100, not of CIFAR-10; {AGAIN}")
     pixels, labels = record.get(b"data"), record.get(b"labels")
     if not isinstance(pixels, _Array) or not isinstance(labels, list):
-        raise UserError(f"{where} is no batch of CIFAR-10: it lacks the array 'data' or the list 'labels'")
+        raise UserError(f"{where} is no batch of CIFAR-10: it lacks the array 'data' or the list 'labels'; {AGAIN}")
     planes = pixels.planes(where)
     if len(labels) != len(planes):
-        raise UserError(f"{where} has {len(labels)} labels for {len(planes)} images")
+        raise UserError(f"{where} has {len(labels)} labels for {len(planes)} images; {AGAIN}")
     if not all(type(label) is int for label in labels):
-        raise UserError(f"{where} has labels that are not whole numbers")
+        raise UserError(f"{where} has labels that are not whole numbers; {AGAIN}")
     return planes, _checked_labels(labels, where)
 
 
 def _checked_labels(labels: Any, where: str) -> np.ndarray:
     if not 0 < len(labels) <= MOST_IMAGES:
-        raise UserError(f"{where} has {len(labels)} images; a batch of CIFAR-10 has 1 to {MOST_IMAGES}")
+        raise UserError(f"{where} has {len(labels)} images; a batch of CIFAR-10 has 1 to {MOST_IMAGES}; {AGAIN}")
     wrong = next((i for i, label in enumerate(labels) if not 0 <= label < len(CLASSES)), None)
     if wrong is not None:
-        raise UserError(f"{where}: the label of its image {wrong} is not in 0..{len(CLASSES) - 1}, those of CIFAR-10")
+        raise UserError(f"{where}: the label of its image {wrong} is not in 0..{len(CLASSES) - 1}; {AGAIN}")
     return np.array(labels, np.int64)
 
 
@@ -194,7 +202,7 @@ def _class_names(data: bytes | None, form: str, where: str) -> tuple[str, ...]:
         names = _unpickle(data, where).get(b"label_names")
     texts = [_text(name) for name in names] if isinstance(names, list) and len(names) == len(CLASSES) else []
     if len(set(texts) - {""}) != len(CLASSES):
-        raise UserError(f"{where} does not name {len(CLASSES)} different classes; fetch CIFAR-10 again")
+        raise UserError(f"{where} does not name {len(CLASSES)} different classes; {AGAIN}")
     return tuple(texts)
 
 
@@ -240,7 +248,7 @@ class _Array:
         except (TypeError, ValueError, AttributeError):
             fits = False
         if not fits:
-            raise UserError(f"{where}: its pixels are no array of bytes, {PIXELS} an image")
+            raise UserError(f"{where}: its pixels are no array of bytes, {PIXELS} an image; {AGAIN}")
         return np.frombuffer(data, np.uint8).reshape(n, PIXELS)
 
 
@@ -262,24 +270,24 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {what!r}, which no file of CIFAR-10 needs") from None
 
 
-def _check_references(data: bytes) -> None:
-    """Refuse what makes a pickle of a few bytes fill the memory, or take ages to hash."""
-    references = 0
+def _check_cost(data: bytes) -> None:
+    """Refuse what makes a small pickle fill the memory, exhaust the stack, or take ages."""
+    costly = 0
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):  # type: ignore[operator]
             raise pickle.UnpicklingError(f"it asks for {argument} places in memory")
-        references += opcode.name in ("GET", "BINGET", "LONG_BINGET", "DUP")
-    if references > MOST_REFERENCES:
-        raise pickle.UnpicklingError(f"it refers {references} times to what it held before")
+        costly += opcode.name in COSTLY
+        if costly > MOST_COSTLY:
+            raise pickle.UnpicklingError(f"it holds over {MOST_COSTLY} tuples, long numbers and references")
 
 
 def _unpickle(data: bytes, where: str) -> dict[bytes, Any]:
     try:
-        _check_references(data)
+        _check_cost(data)
         record = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except Exception as e:  # a damaged pickle can raise nearly anything
         why = " ".join(str(e).split())  # some have two lines
-        raise UserError(f"{where} is damaged or not a file of CIFAR-10 ({why}); nothing in it was executed") from e
+        raise UserError(f"{where} is damaged or not of CIFAR-10 ({why}); nothing in it was executed; {AGAIN}") from e
     if not isinstance(record, dict):
-        raise UserError(f"{where} is no file of CIFAR-10: it holds a {type(record).__name__}, not a dictionary")
+        raise UserError(f"{where} is not of CIFAR-10: it holds a {type(record).__name__}, not a dictionary; {AGAIN}")
     return {key.encode("utf-8", "replace") if isinstance(key, str) else key: value for key, value in record.items()}

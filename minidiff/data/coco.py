@@ -14,6 +14,7 @@ from typing import Any
 
 from minidiff.data.images import Item, stays_inside
 from minidiff.errors import UserError
+from minidiff.text.words import split_words
 
 KINDS = {int: "a whole number", str: "text", list: "a list"}
 
@@ -64,7 +65,7 @@ def _image_folder(file: Path, root: Path) -> Path:
 
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise UserError(f"there is no caption file {file}; unpack COCO's annotations there")
+        raise UserError(f"there is no folder and no caption file {file}; name the folder that COCO was unpacked in")
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as e:
@@ -81,21 +82,21 @@ def _file_names(content: dict[str, Any], file: Path) -> dict[int, str]:
         if key in names:
             raise UserError(f"{where} has the id {key} of an image before it; correct the file or unpack it again")
         if not stays_inside(name):
-            raise UserError(f"{where} names a file outside the image folder, {reprlib.repr(name)}; correct the file")
+            raise UserError(f"{where} names no file inside the image folder, {reprlib.repr(name)}; correct the file")
         names[key] = name
     return names
 
 
 def _captions(content: dict[str, Any], file: Path, names: dict[int, str]) -> dict[int, list[str]]:
-    """The captions of each image id, without those that are blank."""
+    """The captions of each image id, without those that have no word."""
     captions: dict[int, list[str]] = {key: [] for key in names}
     for i, annotation in enumerate(content["annotations"]):
         where = f"{file}: annotations[{i}]"
         key, text = _field(annotation, "image_id", int, where), _field(annotation, "caption", str, where)
         if key not in captions:
             raise UserError(f"{where} describes the image {key}, which is not listed; correct the file")
-        if words := text.split():
-            captions[key].append(" ".join(words))
+        if split_words(text):
+            captions[key].append(" ".join(text.split()))
     return captions
 
 
@@ -103,6 +104,6 @@ def _field(entry: Any, name: str, kind: type, where: str) -> Any:
     """A field of a JSON object. Raises UserError for anything but an object with such a field of this type."""
     value = entry.get(name) if isinstance(entry, dict) else None
     if type(value) is not kind:
-        got = reprlib.repr(entry)
+        got = reprlib.repr(entry)[:80]
         raise UserError(f"{where}: {name!r} must be {KINDS[kind]}, got {got}; take the file as COCO publishes it")
     return value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,18 +15,18 @@ import numpy as np
 from minidiff.errors import UserError
 
 ARRAY, FACTS = "images.npy", "about.json"
-KNOWN_BY = ("fingerprint", "shape", "content")
+VERSION = 1  # of how pixels and facts are made; another one takes no array of this one
 
 
-def stamps(files: list[Path]) -> list[tuple[str, int, int]]:
-    """Path, size and time of change of each file: what a fingerprint holds of it. A missing one counts as empty."""
+def stamps(files: list[Path]) -> list[tuple[str, int, int, int]]:
+    """Path, size, time of change and mode of each file: what a fingerprint holds of it. A missing one has none."""
     found = []
     for path in files:
         try:
             about = path.stat()
-            found.append((str(path.absolute()), about.st_size, about.st_mtime_ns))
+            found.append((str(path.absolute()), about.st_size, about.st_mtime_ns, about.st_mode))
         except OSError:
-            found.append((str(path.absolute()), -1, 0))
+            found.append((str(path.absolute()), -1, 0, 0))
     return found
 
 
@@ -38,21 +37,28 @@ def decoded(
 
     made_from: whatever decides the pixels, as JSON; an array made from anything else is never taken for this one.
     make(path) writes the array as a .npy file, and returns facts as JSON allows; "content", the SHA-256 of the pixels,
-    joins them. It runs only where there is no such array yet. Raises UserError for one damaged or of other data.
+    joins them. It runs only where there is no such array yet. Raises UserError for one damaged or of other data, and
+    for a folder that cannot be written.
     """
-    fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    fingerprint = _sum([VERSION, made_from])
     place = folder / f"{name}-{fingerprint[:16]}"
     if not place.exists():
         _make(place, fingerprint, make)
     try:
-        facts = json.loads((place / FACTS).read_text())
+        about = json.loads((place / FACTS).read_text())
+        facts = about["facts"]
         array = np.lib.format.open_memmap(place / ARRAY, mode="r")
-        right = (fingerprint, list(array.shape), _digest(array)) == tuple(facts[k] for k in KNOWN_BY)
+        right = about["sum"] == _sum([fingerprint, array.shape, facts]) and facts["content"] == _digest(array)
     except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError) as e:
         raise UserError(f"{place} is damaged ({e}); remove this folder, and it is made anew") from e
     if not right:
         raise UserError(f"{place} was made from other data; remove this folder, and it is made anew")
     return array, facts
+
+
+def _sum(value: Any) -> str:
+    """The SHA-256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(pixels: np.ndarray) -> str:
@@ -64,18 +70,23 @@ def _digest(pixels: np.ndarray) -> str:
 
 def _make(place: Path, fingerprint: str, make: Callable[[Path], dict[str, Any]]) -> None:
     """Make the array in a folder beside its place, which it takes when it is whole."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    folder = place.parent
     try:
-        facts = make(temporary / ARRAY)
-        array = np.lib.format.open_memmap(temporary / ARRAY, mode="r")
-        facts = {**facts, **dict(zip(KNOWN_BY, (fingerprint, array.shape, _digest(array)), strict=True))}
-        del array  # some systems rename no folder with a file that is mapped
-        (temporary / FACTS).write_text(json.dumps(facts))
-        try:
-            os.rename(temporary, place)
-        except OSError:  # another process was faster: its array is the same
-            if not place.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=folder, ignore_cleanup_errors=True) as temporary:
+            facts = make(Path(temporary, ARRAY))
+            array = np.lib.format.open_memmap(Path(temporary, ARRAY), mode="r")
+            facts = {**facts, "content": _digest(array)}
+            about = {"sum": _sum([fingerprint, array.shape, facts]), "facts": facts}
+            Path(temporary, FACTS).write_text(json.dumps(about))
+            del array  # some systems rename no folder with a file that is mapped
+            try:
+                os.rename(temporary, place)
+            except OSError:  # another process was faster: its array is the same
+                if not place.exists():
+                    raise
+    except OSError as e:
+        raise UserError(
+            f"decoded pictures cannot be kept in {folder} ({e.strerror or e}); make room there, or name another folder "
+            "with --data.cache"
+        ) from e

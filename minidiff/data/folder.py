@@ -11,8 +11,10 @@ from typing import Any
 
 from minidiff.data.images import IMAGE_SUFFIXES, Item, stays_inside
 from minidiff.errors import UserError
+from minidiff.text.words import split_words
 
 METADATA = "metadata.jsonl"
+SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 def items(path: Path) -> list[Item]:
@@ -27,7 +29,7 @@ def items(path: Path) -> list[Item]:
     `FOLDER/red_panda/x.jpg` caption and label are the class's name, "red panda"; the class may have subfolders
 
     Hidden files and folders are passed over; symbolic links are followed.
-    Raises UserError for a folder without pictures, and for a picture without a caption.
+    Raises UserError for a folder without pictures, a picture without a caption, and subfolders that are no classes.
     """
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
@@ -66,16 +68,21 @@ def _from_classes(folder: Path, pictures: list[Path]) -> list[Item]:
         )
     if loose:
         raise UserError(f"{loose[0]} is in no class folder; move it into one of those in {folder}")
-    labels = [_label(folder / picture.relative_to(folder).parts[0]) for picture in pictures]
+    names = [picture.relative_to(folder).parts[0] for picture in pictures]
+    described = [name for name in dict.fromkeys(names) if (folder / name / METADATA).is_file()]
+    if described or {name.lower() for name in names} <= SPLITS:
+        one = folder / (described or names)[0]
+        raise UserError(f"the subfolders of {folder} are parts of a data set, not classes; name one, such as {one}")
+    labels = [_label(folder / name) for name in names]
     return [Item(picture, (label,), label) for picture, label in zip(pictures, labels, strict=True)]
 
 
 def _label(folder: Path) -> str:
     """A class folder's name in words, its accents composed: some file systems take them apart."""
-    words = unicodedata.normalize("NFC", folder.name).replace("_", " ").replace("-", " ").split()
-    if not words:
+    label = unicodedata.normalize("NFC", folder.name).replace("_", " ").replace("-", " ")
+    if not split_words(label):
         raise UserError(f"the name of the class folder {folder} holds no words; rename it")
-    return " ".join(words)
+    return " ".join(label.split())
 
 
 def _caption_file(picture: Path) -> Path | None:
@@ -88,7 +95,7 @@ def _lines(picture: Path, text: Path | None) -> tuple[str, ...]:
         raise UserError(f"{picture} has no {picture.stem}.txt with its caption, though others have; write one")
     captions = _captions(_decode(text).splitlines())
     if not captions:
-        raise UserError(f"{text} is empty; write a caption into it")
+        raise UserError(f"{text} holds no words; write a caption into it")
     return captions
 
 
@@ -117,20 +124,20 @@ def _record(line: str, where: str) -> tuple[PurePosixPath, tuple[str, ...]]:
     if not isinstance(name, str):
         raise UserError(f'{where} has no "file_name" with text; write {{"file_name": ..., "text": ...}}')
     if not stays_inside(name):
-        raise UserError(f"{where} names a file outside the folder, {reprlib.repr(name)}; move it into the folder")
+        raise UserError(f"{where} names no file inside the folder, {reprlib.repr(name)}; move it there")
     text = record.get("text", record.get("caption"))
     texts = text if isinstance(text, list) else [text]
     if not all(isinstance(t, str) for t in texts):
         raise UserError(f'{where} has no "text" with a caption or a list of captions; add one')
     captions = _captions(texts)
     if not captions:
-        raise UserError(f"{where} has an empty caption; write one, or remove the line")
+        raise UserError(f"{where} has a caption without words; write one, or remove the line")
     return PurePosixPath(name), captions
 
 
 def _captions(texts: list[str]) -> tuple[str, ...]:
-    """The texts with single spaces, without those that are blank."""
-    return tuple(" ".join(words) for text in texts if (words := text.split()))
+    """The texts with single spaces, without those that have no word."""
+    return tuple(" ".join(text.split()) for text in texts if split_words(text))
 
 
 def _decode(file: Path) -> str:

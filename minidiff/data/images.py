@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PureWindowsPath
@@ -48,12 +49,14 @@ def read_image(path: Path, size: int) -> np.ndarray:
 
 
 def stays_inside(name: str) -> bool:
-    """Whether a file name in somebody's data stays inside its folder, under every operating system.
+    """Whether a file name in somebody's data can be that of a file inside its folder, under every operating system.
 
-    It may name subfolders, with `/`, but hold no root, drive letter, backslash or `..`.
+    It may name subfolders, with `/`, but hold no root, drive letter, backslash or `..`, and nothing that no file system
+    takes: NUL, half a surrogate pair, over 1000 characters.
     """
     path = PureWindowsPath(name)
-    return bool(path.parts) and not path.anchor and ".." not in path.parts and "\\" not in name
+    possible = re.fullmatch(r"[^\\\0\ud800-\udfff]{1,1000}", name)
+    return bool(possible and path.parts) and not path.anchor and ".." not in path.parts
 
 
 @cache
@@ -65,11 +68,11 @@ def _formats() -> list[str]:
 
 def _load(path: Path, size: int) -> Image.Image:
     """The decoded picture, upright, in the file's mode; a large JPEG may come out at a fraction of its size."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name an image file")
-    if not path.is_file():
-        raise UserError(f"there is no image file {path}; put it there, or take it out of the data")
     try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name an image file")
+        if not path.is_file():
+            raise UserError(f"there is no image file {path}; put it there, or take it out of the data")
         with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:  # up to twice as many, Pillow only warns
@@ -77,6 +80,8 @@ def _load(path: Path, size: int) -> Image.Image:
             image.draft("RGB", (DRAFT * size, DRAFT * size))
             image.load()
             _turn_upright(image)
+    except UserError:
+        raise
     except UnidentifiedImageError as e:
         wanted = f"not an image that can be read here ({', '.join(_formats())})"
         what = wanted if path.stat().st_size else "empty"
@@ -85,7 +90,7 @@ def _load(path: Path, size: int) -> Image.Image:
         limit = Image.MAX_IMAGE_PIXELS
         raise UserError(f"{path} has more than {limit} pixels, the limit against decompression bombs; shrink it") from e
     except Exception as e:  # what Pillow's decoders raise on damaged files is nearly every kind there is
-        why = str(e) or type(e).__name__
+        why = getattr(e, "strerror", None) or str(e) or type(e).__name__
         raise UserError(f"{path} cannot be read, it may be truncated or damaged ({why}); replace or remove it") from e
     return image
 

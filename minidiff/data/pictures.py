@@ -34,10 +34,20 @@ class Pictures:
     flip: bool = False
     labels: np.ndarray | None = None  # (N,) class numbers, where the pictures have classes
     classes: tuple[str, ...] = ()  # their names
+    found: int = 0  # how many pictures there were to choose from
     left_out: tuple[str, ...] = ()  # why each picture that could not be read is missing
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def summary(self) -> str:
+        """What the set holds, in a line."""
+        of = f" of {self.found}" if self.found > len(self) else ""
+        classes = "1 class" if len(self.classes) == 1 else f"{len(self.classes)} classes"
+        texts = f"{sum(map(len, self.captions))} captions, {len(self.words)} words"
+        what = texts if self.labels is None else classes
+        broken = f"; {len(self.left_out)} are left out, the first: {self.left_out[0]}" if self.left_out else ""
+        return f"{len(self)}{of} pictures, {what}{broken}"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -70,13 +80,16 @@ class Pictures:
         return visited, np.array(draws)
 
     def _images(self, visited: Sequence[int], draws: np.ndarray) -> np.ndarray:
-        images = np.empty((len(visited), *self.image_shape), np.float32)
+        images = np.empty((len(visited), *self.image_shape), np.uint8)
         for image, i, u in zip(images, visited, draws[:, 0], strict=True):
             pixels = self.images[self.rows[i]]
             image[:] = pixels[:, ::-1] if self.flip and u < 0.5 else pixels
-        images *= np.float32(1 / 127.5)
-        images -= 1
-        return images
+        return scaled(images)
+
+
+def scaled(pixels: np.ndarray) -> np.ndarray:
+    """Bytes as float32 in [-1, 1]."""
+    return np.multiply(pixels, np.float32(1 / 127.5), dtype=np.float32) - np.float32(1)
 
 
 @lru_cache(maxsize=4)  # a batch may reach over the end of an epoch
@@ -86,15 +99,21 @@ def _epoch(seed: int, epoch: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.argsort(draws[:, 0], kind="stable"), draws[:, 1:]
 
 
+def whole_words(match: str) -> re.Pattern[str]:
+    """The regular expression as one that finds whole words, in any case. Raises re.error as re.compile does."""
+    re.compile(match)  # its brackets must be whole by themselves
+    return re.compile(rf"\b(?:{match})\b", re.IGNORECASE)
+
+
 def chosen(items: Sequence[Item], match: str, limit: int) -> list[Item]:
-    """The items of which a caption matches the regular expression, at most `limit` of them (0: all), evenly at random.
+    """The items with a caption in which `whole_words(match)` are; at most `limit` (0: all), evenly at random.
 
     Raises UserError if none is left.
     """
-    pattern = re.compile(match, re.IGNORECASE)
+    pattern = whole_words(match)
     kept = [item for item in items if any(pattern.search(caption) for caption in item.captions)]
     if not kept:
-        raise UserError(f"data.match: no caption of {len(items)} pictures matches {match!r}")
+        raise UserError(f"data.match: no caption of {len(items)} pictures holds {match!r} as whole words")
     return [kept[i] for i in some_of(len(kept), limit)]
 
 
@@ -126,7 +145,11 @@ def decode(
 
     def make(path: Path) -> dict[str, object]:
         shape = (len(items), size, size, 3)
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        with open(path, "wb") as file:  # zeros, not a hole: on a full disk, filling one through a map is fatal
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for _ in items:
+                file.write(bytes(size * size * 3))
+        array = np.lib.format.open_memmap(path, mode="r+")
         read = parallel_map(lambda i: read_into(array, i), range(len(items)), num_threads())
         why = list(tqdm(read, "decoding", len(items), unit="picture", dynamic_ncols=True))
         array.flush()

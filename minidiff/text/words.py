@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,8 +15,8 @@ SPECIAL = (PAD, START, END, UNKNOWN)
 
 
 def split_words(caption: str) -> list[str]:
-    """The caption's words: lower case, letters and digits."""
-    return re.findall(r"[^\W_]+", caption.lower())
+    """The caption's words: lower case, letters and digits; accents, which may stand by themselves, joined to theirs."""
+    return re.findall(r"[^\W_]+", unicodedata.normalize("NFC", caption.lower()))
 
 
 class WordTokenizer:
