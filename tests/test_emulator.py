@@ -649,12 +649,17 @@ def test_the_watchdog(libraries, build, name):
 @pytest.mark.parametrize("build", BUILDS)
 def test_a_launch_that_cannot_be(libraries, build):
     library, a = libraries[f"bugs-{build}"], blank(32)
+    library.call("run_both_kinds", a)  # more than 48 KiB, which LAUNCH asks for
+    assert (a == 2).all()
+    invalid = "invalid launch configuration of"
     for name, words in (
-        ("too_many_threads", r"between 1 and 1024 threads.*block \(2048, 1, 1\)"),
-        ("too_much_shared", r"at most 232448 bytes of shared memory.*245760 bytes"),
-        ("no_blocks", r"between 1 and 2147483647 blocks.*grid \(0, 1, 1\)"),
+        ("too_many_threads", rf"{invalid} nothing: .*between 1 and 1024 threads.*block \(2048, 1, 1\)"),
+        ("too_much_shared", r"nothing: .*at most 232448 bytes of shared memory.*245760 bytes"),
+        ("too_much_together", rf"{invalid} both_kinds<8192>: .*at most 232448 bytes.*take 8192.*229376 bytes"),
+        ("not_asked", rf"{invalid} both_kinds: without cudaFuncSetAttribute.*at most 49152 bytes.*take 16384"),
+        ("no_blocks", rf"{invalid} nothing: .*between 1 and 2147483647 blocks.*grid \(0, 1, 1\)"),
     ):
-        with pytest.raises(KernelError, match=f"invalid launch configuration of nothing: .*{words}"):
+        with pytest.raises(KernelError, match=words):
             library.call(f"run_{name}", a)
     library.options(shared=99)
     with pytest.raises(KernelError, match="at most 101376 bytes"):

@@ -1,8 +1,10 @@
 """GroupNorm in one group, some, or one for each channel; alone and followed by SiLU."""
 
+import importlib
+
 import numpy as np
 import pytest
-from helpers import check_op
+from helpers import assert_close, check_op, forward_backward
 
 from minidiff import ops
 
@@ -45,12 +47,95 @@ def check(arrays, precision=None, **options):
         ((2, 1, 1, 4), 2),
         ((2, 2, 3, 2, 4), 2),
         ((2, 9, 11, 66), 33),
+        ((2, 31, 12), 2),
+        ((1, 3, 1100), 1),
+        ((1, 2, 515), 1),
         ((0, 3, 3, 4), 2),
     ],
 )
 @pytest.mark.parametrize("silu", [False, True])
 def test_group_norm(shape, groups, silu, rng):
     check(draw(rng, shape), groups=groups, silu=silu)
+
+
+@pytest.mark.parametrize("N", [24 * 24, 16 * 16, 15 * 15])
+def test_a_stripe_that_with_its_sums_is_beyond_48_kib(N, rng):
+    """Where the kernels keep a group in shared memory: forward, and backward x and dy, just below it and just above."""
+    check(draw(rng, (1, N, 40)), dict(dtypes=("float32",)), groups=2)
+
+
+def test_a_group_that_no_block_holds(rng):
+    """Of 256 KiB: it is split where others would stay in shared memory."""
+    arrays, dy = draw(rng, (1, 4096, 16)), rng.standard_normal((1, 4096, 16))
+
+    def run(dtype):
+        leaves = [a.astype(dtype) for a in arrays]
+        return forward_backward(lambda *a: ops.group_norm(*a, groups=1), leaves, dy.astype(dtype))
+
+    (y, grads), (wanted, exact) = run("float32"), run("float64")
+    for got, reference in zip((y, *grads), (wanted, *exact), strict=True):
+        assert_close(got, reference)
+
+
+def emulator(kind):
+    """The emulated kernels' module; for the other kinds there is nothing to pretend to."""
+    if kind not in ("emulated", "checked"):
+        pytest.skip("the device is what it is")
+    return importlib.import_module(f"minidiff._{kind}")
+
+
+@pytest.mark.parametrize("C", [8, 6])
+def test_images_in_rounds(C, kernels_kind, rng):
+    """Of five images the L2 keeps two: the split kernels take them in three rounds, and backward one by one."""
+    module, x = emulator(kernels_kind), draw(rng, (5, 40, C))
+    module.set_options(l2_bytes=2 * 2 * (40 * C * 4) + 100)
+    try:
+        check(x, groups=2, silu=True)
+        launches = launches_of(module, x, groups=2)
+    finally:
+        module.set_options()
+    if module.rung("group_norm") == 4:
+        of_each = {"statistics": 3, "finish": 3, "apply": 3, "gradient_sums": 5, "finish_sums": 5, "apply_gradient": 5}
+        assert launches == of_each
+
+
+def test_a_large_group_stays_on_a_small_chip(kernels_kind, rng):
+    """Some 70 KiB of one group: in one block, if there are no other multiprocessors that would have nothing to do."""
+    module, x = emulator(kernels_kind), draw(rng, (1, 900, 20))
+    split = {"statistics", "finish", "apply", "gradient_sums", "finish_sums", "apply_gradient"}
+    for multiprocessors, kernels in (1, {"forward_on_chip", "backward_on_chip"}), (2, split):
+        module.set_options(multiprocessors=multiprocessors)
+        try:
+            check(x, dict(dtypes=("float32",)), groups=1)
+            launches = launches_of(module, x, groups=1)
+        finally:
+            module.set_options()
+        if module.rung("group_norm") == 5:
+            assert set(launches) == kernels
+
+
+def launches_of(module, arrays, groups):
+    """How often one pass forward and back launches each kernel."""
+    module.reset_counts()
+    forward_backward(lambda *a: ops.group_norm(*a, groups=groups), [a.astype(np.float32) for a in arrays])
+    return {name.partition("<")[0]: count["launches"] for name, count in module.counts().items()}
+
+
+def test_silu_far_from_zero(rng):
+    """Where e^-z overflows, or is so large that a fast division by it gives 0."""
+    x, gamma, _ = draw(rng, (2, 9, 8))
+    beta = np.array([-300.0, -100, -88, -40, 0, 40, 88, 300])
+    check((x, gamma, beta), dict(dtypes=("float32",)), groups=2, silu=True)
+
+
+def test_silu_at_minus_infinity(kernels_kind, rng):
+    if kernels_kind not in ("emulated", "checked", "cuda"):
+        pytest.skip("it is NumPy's 0 * infinity there")
+    x, gamma, beta = (a.astype(np.float32) for a in draw(rng, (2, 9, 8)))
+    beta[3] = -np.inf
+    y, grads = forward_backward(lambda *a: ops.group_norm(*a, groups=2, silu=True), [x, gamma, beta])
+    assert not y[..., 3].any()
+    assert all(np.isfinite(g).all() for g in (y, *grads)) and not grads[2][3]
 
 
 def test_eps(rng):

@@ -26,12 +26,6 @@ void check(cudaError_t e, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(e));
 }
 
-int attribute(cudaDeviceAttr which) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, ordinal_in_use()), "cudaDeviceGetAttribute");
-  return value;
-}
-
 }  // namespace
 
 cudaStream_t stream() { return current; }
@@ -49,9 +43,9 @@ float* workspace(size_t floats) {
 }
 
 int compute_capability() {
-  return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
-int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 }  // namespace cuda
 

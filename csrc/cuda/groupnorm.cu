@@ -8,9 +8,9 @@
 //        └────┴────┴────┴────┘
 //         group 0    2    3                 statistics ──► finish ──► apply
 //
-// The floor is the memory: x read twice and y written once, 12 bytes an element; 8 where a stripe stays on the chip (rung 5)
-// or all of x in the L2. Backward: x and dy twice and dx once, 20 bytes, or 12. Arithmetic, some 10 operations an element,
-// hides behind it.
+// The floor is the memory: x read and y written, 8 bytes an element; backward x and dy read and dx written, 12. Rung 5
+// moves no more, as its stripes stay on the chip. The others read twice, 12 and 20 bytes; rung 4 finds what it reads a
+// second time in the L2. Arithmetic, some 10 operations an element, hides behind it.
 //
 // Variances come from Chan's formula, which joins the means and squared distances of two sets; there is no E[x^2] - E[x]^2,
 // which cancels. Rungs 3 and 4 take them of x - shift, shift being the group's first element, so that a large common offset
@@ -19,7 +19,7 @@
 // Backward, with g = gain * dz, dz = dy or dy through the SiLU, which is computed again rather than kept:
 //   doffset = sum(dz), dgain = sum(dz * xhat) over N,   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) over the group
 #include <algorithm>
-#include <type_traits>
+#include <numeric>
 
 #include "../kernels.h"
 #include "ladder.h"
@@ -32,8 +32,8 @@ namespace {
 Ladder group_norm("group_norm",
                   {{"naive", "one thread a group"},
                    {"block", "one block a group: neighbours read neighbouring channels, sums by trees"},
-                   {"split", "blocks share an image, so that batch 1 fills the chip; whole rows, read contiguously"},
-                   {"vector", "four channels a thread by 16-byte loads, four rows in flight, the last read first again"},
+                   {"split", "blocks share an image, so that batch 1 fills the chip; whole rows, by 16-byte loads"},
+                   {"cached", "as many images at a time as half the L2 holds: the second reading finds them there"},
                    {"on chip", "a group that fits stays in shared memory: one read, one write, one launch"}});
 
 constexpr int THREADS = 256;
@@ -42,7 +42,8 @@ constexpr int THREADS = 256;
 struct Channel {
   const float* x;
   float* dx;
-  long first, step;
+  long first;
+  int step;
   __device__ Channel(const GroupNorm& g, long b, int c) {
     bool second = c >= g.inputs[0].C;
     step = second ? g.inputs[1].C : g.inputs[0].C;
@@ -52,10 +53,11 @@ struct Channel {
   }
 };
 
-__device__ __forceinline__ float silu(float z) { return __fdividef(z, 1 + __expf(-z)); }
+// Where e^-z overflows both are 0, as they should, also at -infinity: of z only what is above -100 is multiplied by that 0.
+__device__ __forceinline__ float silu(float z) { return __fdividef(fmaxf(z, -100), 1 + __expf(-z)); }
 __device__ __forceinline__ float silu_slope(float z) {
   float s = __fdividef(1, 1 + __expf(-z));
-  return s * (1 + z * (1 - s));
+  return s * (1 + fmaxf(z, -100) * (1 - s));
 }
 
 // What V neighbouring channels need to go from x to y and back.
@@ -69,14 +71,23 @@ struct Affine {
     load(gain, g.gain + b * g.gain_step + c);
     load(offset, g.offset + b * g.gain_step + c);
   }
-  __device__ float y(float x, int v) const {
-    float z = (x - mean[v]) * (rstd[v] * gain[v]) + offset[v];
-    return with_silu ? silu(z) : z;
+  // Of a group whose mean and rstd the block has just found.
+  __device__ Affine(const GroupNorm& g, long b, int c, float its_mean, float its_rstd) : with_silu(g.silu) {
+    for (int v = 0; v < V; v++) mean[v] = its_mean, rstd[v] = its_rstd;
+    load(gain, g.gain + b * g.gain_step + c);
+    load(offset, g.offset + b * g.gain_step + c);
+  }
+  // x becomes y
+  __device__ __forceinline__ void forward(float (&x)[V]) const {
+    for (int v = 0; v < V; v++) x[v] = (x[v] - mean[v]) * (rstd[v] * gain[v]) + offset[v];
+    if (with_silu)
+      for (int v = 0; v < V; v++) x[v] = silu(x[v]);
   }
   // x becomes xhat, dy becomes dz
-  __device__ void back(float& x, float& dy, int v) const {
-    x = (x - mean[v]) * rstd[v];
-    if (with_silu) dy *= silu_slope(x * gain[v] + offset[v]);
+  __device__ __forceinline__ void back(float (&x)[V], float (&dy)[V]) const {
+    for (int v = 0; v < V; v++) x[v] = (x[v] - mean[v]) * rstd[v];
+    if (with_silu)
+      for (int v = 0; v < V; v++) dy[v] *= silu_slope(x[v] * gain[v] + offset[v]);
   }
   __device__ float dx(float xhat, float dz, int v, float mean_g, float mean_g_xhat) const {
     return rstd[v] * (gain[v] * dz - mean_g - xhat * mean_g_xhat);
@@ -112,7 +123,11 @@ __global__ void forward_naive(GroupNorm g) {
     g.rstd[b * g.C + c] = rstd;
     Channel in(g, b, c);
     Affine<1> a(g, b, c);
-    for (long n = 0; n < g.N; n++) g.y[(b * g.N + n) * g.C + c] = a.y(in.x[in.first + n * in.step], 0);
+    for (long n = 0; n < g.N; n++) {
+      float x[1] = {in.x[in.first + n * in.step]};
+      a.forward(x);
+      g.y[(b * g.N + n) * g.C + c] = x[0];
+    }
   }
 }
 
@@ -127,10 +142,10 @@ __global__ void backward_naive(GroupNorm g) {
     Affine<1> a(g, b, c);
     float s = 0, t = 0;
     for (long n = 0; n < g.N; n++) {
-      float xhat = in.x[in.first + n * in.step], dz = g.dy[(b * g.N + n) * g.C + c];
-      a.back(xhat, dz, 0);
-      s += dz;
-      t += dz * xhat;
+      float xhat[1] = {in.x[in.first + n * in.step]}, dz[1] = {g.dy[(b * g.N + n) * g.C + c]};
+      a.back(xhat, dz);
+      s += dz[0];
+      t += dz[0] * xhat[0];
     }
     g.doffset[b * g.C + c] = s;
     g.dgain[b * g.C + c] = t;
@@ -141,9 +156,9 @@ __global__ void backward_naive(GroupNorm g) {
     Channel in(g, b, c);
     Affine<1> a(g, b, c);
     for (long n = 0; n < g.N; n++) {
-      float xhat = in.x[in.first + n * in.step], dz = g.dy[(b * g.N + n) * g.C + c];
-      a.back(xhat, dz, 0);
-      in.dx[in.first + n * in.step] = a.dx(xhat, dz, 0, of_g / count, of_g_xhat / count);
+      float xhat[1] = {in.x[in.first + n * in.step]}, dz[1] = {g.dy[(b * g.N + n) * g.C + c]};
+      a.back(xhat, dz);
+      in.dx[in.first + n * in.step] = a.dx(xhat[0], dz[0], 0, of_g / count, of_g_xhat / count);
     }
   }
 }
@@ -168,32 +183,29 @@ __device__ __forceinline__ void over_group(const Layout& l, long N, int size, co
 
 // v2: one block a group. Threads that are neighbours read channels that are neighbours, and sum up by a tree.
 __global__ void __launch_bounds__(THREADS) forward_block(GroupNorm g) {
-  __shared__ float shared[THREADS / 32];
   int size = g.C / g.groups, first = blockIdx.x % g.groups * size;
   long b = blockIdx.x / g.groups;
-  float count = float(g.N) * size, sum[1] = {0}, squares[1] = {0};
+  float count = float(g.N) * size, sum = 0, squares = 0;
   Layout l(size);
   auto x = [&](long n, int c) {
     Channel in(g, b, first + c);
     return in.x[in.first + n * in.step];
   };
-  over_group(l, g.N, size, [&](long n, int c) { sum[0] += x(n, c); });
-  block_sum(sum, shared);
-  float mean = sum[0] / count;
+  over_group(l, g.N, size, [&](long n, int c) { sum += x(n, c); });
+  float mean = block_sum<0>(sum) / count;
   over_group(l, g.N, size, [&](long n, int c) {
     float d = x(n, c) - mean;
-    squares[0] += d * d;
+    squares += d * d;
   });
-  block_sum(squares, shared);
-  float rstd = rsqrtf(squares[0] / count + float(g.eps));
+  float rstd = rsqrtf(block_sum<1>(squares) / count + float(g.eps));
   for (int c = threadIdx.x; c < size; c += THREADS) {
     g.mean[b * g.C + first + c] = mean;
     g.rstd[b * g.C + first + c] = rstd;
   }
   over_group(l, g.N, size, [&](long n, int c) {
-    long at = b * g.gain_step + first + c;
-    float z = (x(n, c) - mean) * (rstd * g.gain[at]) + g.offset[at];
-    g.y[(b * g.N + n) * g.C + first + c] = g.silu ? silu(z) : z;
+    float y[1] = {x(n, c)};
+    Affine<1>(g, b, first + c, mean, rstd).forward(y);
+    g.y[(b * g.N + n) * g.C + first + c] = y[0];
   });
 }
 
@@ -211,10 +223,10 @@ __global__ void __launch_bounds__(THREADS) backward_block(GroupNorm g) {
       Channel in(g, b, c);
       Affine<1> a(g, b, c);
       for (long n = l.row; n < g.N; n += l.high) {
-        float xhat = in.x[in.first + n * in.step], dz = g.dy[(b * g.N + n) * g.C + c];
-        a.back(xhat, dz, 0);
-        sums[0] += dz;
-        sums[1] += dz * xhat;
+        float xhat[1] = {in.x[in.first + n * in.step]}, dz[1] = {g.dy[(b * g.N + n) * g.C + c]};
+        a.back(xhat, dz);
+        sums[0] += dz[0];
+        sums[1] += dz[0] * xhat[0];
       }
     }
     sum_rows(sums, shared, l.width, l.high);
@@ -224,51 +236,59 @@ __global__ void __launch_bounds__(THREADS) backward_block(GroupNorm g) {
       for (int i = 0; i < 2; i++) of_g[i] += g.gain[b * g.gain_step + c] * sums[i];
     }
   }
-  block_sum(of_g, shared);
+  float mean_g = block_sum<0>(of_g[0]) / count, mean_g_xhat = block_sum<1>(of_g[1]) / count;
   over_group(l, g.N, size, [&](long n, int k) {
     int c = first + k;
     Channel in(g, b, c);
     Affine<1> a(g, b, c);
-    float xhat = in.x[in.first + n * in.step], dz = g.dy[(b * g.N + n) * g.C + c];
-    a.back(xhat, dz, 0);
-    in.dx[in.first + n * in.step] = a.dx(xhat, dz, 0, of_g[0] / count, of_g[1] / count);
+    float xhat[1] = {in.x[in.first + n * in.step]}, dz[1] = {g.dy[(b * g.N + n) * g.C + c]};
+    a.back(xhat, dz);
+    in.dx[in.first + n * in.step] = a.dx(xhat[0], dz[0], 0, mean_g, mean_g_xhat);
   });
 }
 
-// An image's positions cut into parts, and its columns of V channels into tiles of at most a block's width.
+// Some images, the positions of each cut into parts of so many rows, its columns of V channels into tiles of at most a
+// block's width. The grid: tiles, parts, images.
 struct Cut {
-  int parts, tiles, width;
-  long N;
-  __device__ long first(int part) const { return N * part / parts; }
+  int first_image, parts, tiles, width;
+  long rows;
 };
 
-// A block's share of that: threads are rows of `width`, and each has one column.
+// A block's share of that: threads are rows of `width`, and each has one column, of whose positions it takes every step-th.
 struct Share {
-  long b;
-  int part, c, high, row;
+  long b, first;  // the image; the first position
+  int c, row, high, step, count;
   bool active;
-  __device__ Share(const Cut& cut, int C, int V, unsigned block) {
-    int tile = block % cut.tiles;
-    part = block / cut.tiles % cut.parts;
-    b = block / cut.tiles / cut.parts;
-    high = THREADS / cut.width;
+  __device__ Share(const Cut& cut, const GroupNorm& g, int V) {
+    b = cut.first_image + blockIdx.z;
+    step = high = THREADS / cut.width;
     row = threadIdx.x / cut.width;
-    c = (tile * cut.width + threadIdx.x % cut.width) * V;
-    active = row < high && c < C;
+    c = (blockIdx.x * cut.width + threadIdx.x % cut.width) * V;
+    active = row < high && c < g.C;
+    first = blockIdx.y * cut.rows + row;
+    count = int(min(g.N - blockIdx.y * cut.rows, cut.rows) - row + high - 1) / high;
+  }
+  // From the last to the first: if not all of it, the end of what was read before is still in the L2.
+  __device__ void turn_round() {
+    first += (count - 1L) * step;
+    step = -step;
+  }
+  // Where its partial results lie, of partial (images, parts, 2, C).
+  __device__ long at(const GroupNorm& g) const { return (blockIdx.z * gridDim.y + blockIdx.y) * 2L * g.C + c; }
+};
+
+// A way over a column's positions.
+struct Walk {
+  const float* at;
+  int step;
+  // V channels of the next ROWS positions, `left` of which are there; all loads are on their way before the first is used.
+  template <int ROWS, int V>
+  __device__ __forceinline__ void next(float (&to)[ROWS][V], int left) {
+#pragma unroll
+    for (int i = 0; i < ROWS; i++, at += step)
+      if (i < left) load(to[i], at);
   }
 };
-
-// Calls f(n, M) for n, n + step, ... below end, M of them at a time: ROWS, and in the end one.
-template <int ROWS, class F>
-__device__ __forceinline__ void in_batches(long n, long end, int step, const F& f) {
-  for (; n + (ROWS - 1) * step < end; n += ROWS * step) f(n, std::integral_constant<int, ROWS>());
-  if constexpr (ROWS > 1)
-    for (; n < end; n += step) f(n, std::integral_constant<int, 1>());
-}
-template <int ROWS, class F>
-__device__ __forceinline__ void over_part(const Cut& cut, const Share& s, const F& f) {
-  in_batches<ROWS>(cut.first(s.part) + s.row, cut.first(s.part + 1), s.high, f);
-}
 
 // The mean, the sum of squared distances from it, and the count of V sets each, V of either, then the one count.
 template <int V>
@@ -293,39 +313,43 @@ __device__ __forceinline__ float shift_of(const GroupNorm& g, long b, int c) {
   return in.x[in.first];
 }
 
-// v3, v4: each thread keeps the means and squared distances of its own V channels over its rows of the part, ROWS of them in
-// flight; a tree over the block's rows leaves partial (B, parts, 2, C).
-template <int V, int ROWS>
-__global__ void __launch_bounds__(THREADS) statistics(GroupNorm g, Cut cut, float* partial) {
+constexpr int ROWS = 4, PAIRS = 2;  // rows of x, or of x and dy, in flight
+constexpr int FITS = 4;             // so many blocks run on a multiprocessor: the compiler keeps to the registers
+
+// v3: each thread keeps the means and squared distances of its own V channels over its rows of the part; a tree over the
+// block's rows leaves partial.
+template <int V>
+__global__ void __launch_bounds__(THREADS, FITS) statistics(GroupNorm g, Cut cut, float* partial) {
   __shared__ float shared[(2 * V + 1) * THREADS];
-  Share s(cut, g.C, V, blockIdx.x);
+  Share s(cut, g, V);
   float moments[2 * V + 1] = {};
   if (s.active) {
     Channel in(g, s.b, s.c);
     float shift[V];
     for (int v = 0; v < V; v++) shift[v] = shift_of(g, s.b, s.c + v);
-    over_part<ROWS>(cut, s, [&](long n, auto rows) {
-      constexpr int M = decltype(rows)::value;
-      float x[M][V], some[2 * V + 1];
-#pragma unroll
-      for (int i = 0; i < M; i++) load(x[i], in.x + in.first + (n + i * s.high) * in.step);
+    Walk from{in.x + in.first + s.first * in.step, s.step * in.step};
+    for (int left = s.count; left > 0; left -= ROWS) {
+      float x[ROWS][V], some[2 * V + 1], count = min(left, ROWS), share = 1 / count;
+      from.next(x, left);
 #pragma unroll
       for (int v = 0; v < V; v++) {
         float sum = 0, squares = 0;
 #pragma unroll
-        for (int i = 0; i < M; i++) sum += x[i][v] -= shift[v];
-        some[v] = sum / M;
+        for (int i = 0; i < ROWS; i++)
+          if (i < left) sum += x[i][v] -= shift[v];
+        some[v] = sum * share;
 #pragma unroll
-        for (int i = 0; i < M; i++) squares += (x[i][v] - some[v]) * (x[i][v] - some[v]);
+        for (int i = 0; i < ROWS; i++)
+          if (i < left) squares += (x[i][v] - some[v]) * (x[i][v] - some[v]);
         some[V + v] = squares;
       }
-      some[2 * V] = M;
+      some[2 * V] = count;
       Join<V>()(moments, some);
-    });
+    }
   }
   join_rows(moments, shared, cut.width, s.high, Join<V>());
   if (!s.active || s.row > 0) return;
-  float* out = partial + (s.b * cut.parts + s.part) * 2 * g.C + s.c;
+  float* out = partial + s.at(g);
   float mean[V], squares[V];
   for (int v = 0; v < V; v++) mean[v] = moments[v], squares[v] = moments[V + v];
   store(out, mean);
@@ -335,15 +359,14 @@ __global__ void __launch_bounds__(THREADS) statistics(GroupNorm g, Cut cut, floa
 // Joins the parts and channels of a group, one block each.
 __global__ void __launch_bounds__(THREADS) finish(GroupNorm g, Cut cut, const float* partial) {
   __shared__ float shared[3 * THREADS];
-  int size = g.C / g.groups, first = blockIdx.x % g.groups * size;
-  long b = blockIdx.x / g.groups;
+  int size = g.C / g.groups, first = blockIdx.x * size;
+  long b = cut.first_image + blockIdx.y;
   float moments[3] = {};
-  for (long i = threadIdx.x; i < (long)cut.parts * size; i += THREADS) {
-    int part = int(i / size);
-    const float* p = partial + (b * cut.parts + part) * 2 * g.C + first + i % size;
-    float some[3] = {p[0], p[g.C], float(cut.first(part + 1) - cut.first(part))};
+  over_group(Layout(size), cut.parts, size, [&](long part, int c) {
+    const float* p = partial + (blockIdx.y * cut.parts + part) * 2 * g.C + first + c;
+    float some[3] = {p[0], p[g.C], float(min(g.N - part * cut.rows, cut.rows))};
     Join<1>()(moments, some);
-  }
+  });
   join_rows(moments, shared, 1, THREADS, Join<1>());
   __syncthreads();
   float mean = shift_of(g, b, first) + shared[0], variance = shared[THREADS] / shared[2 * THREADS];
@@ -353,68 +376,68 @@ __global__ void __launch_bounds__(THREADS) finish(GroupNorm g, Cut cut, const fl
   }
 }
 
-// Goes over the parts from back to front: what the statistics read last is still in the L2.
-template <int V, int ROWS>
-__global__ void __launch_bounds__(THREADS) apply(GroupNorm g, Cut cut) {
-  Share s(cut, g.C, V, gridDim.x - 1 - blockIdx.x);
-  if (!s.active) return;
+template <int V>
+__global__ void __launch_bounds__(THREADS, FITS) apply(GroupNorm g, Cut cut) {
+  Share s(cut, g, V);
+  if (!s.active || s.count <= 0) return;
+  s.turn_round();
   Channel in(g, s.b, s.c);
   Affine<V> a(g, s.b, s.c);
-  over_part<ROWS>(cut, s, [&](long n, auto rows) {
-    constexpr int M = decltype(rows)::value;
-    float x[M][V];
+  Walk from{in.x + in.first + s.first * in.step, s.step * in.step};
+  float* to = g.y + (s.b * g.N + s.first) * g.C + s.c;
+  for (int left = s.count; left > 0; left -= ROWS) {
+    float x[ROWS][V];
+    from.next(x, left);
 #pragma unroll
-    for (int i = 0; i < M; i++) load(x[i], in.x + in.first + (n + i * s.high) * in.step);
-#pragma unroll
-    for (int i = 0; i < M; i++) {
-#pragma unroll
-      for (int v = 0; v < V; v++) x[i][v] = a.y(x[i][v], v);
-      store_streaming(g.y + (s.b * g.N + n + i * s.high) * g.C + s.c, x[i]);
+    for (int i = 0; i < ROWS; i++, to += s.step * g.C) {
+      if (i >= left) break;
+      a.forward(x[i]);
+      store_streaming(to, x[i]);
     }
-  });
+  }
 }
 
-// Backward in the same three steps: partial (B, parts, 2, C) holds sums of dz and of dz * xhat.
-template <int V, int ROWS>
-__global__ void __launch_bounds__(THREADS) gradient_sums(GroupNorm g, Cut cut, float* partial) {
+// Backward in the same three steps: partial holds sums of dz and of dz * xhat.
+template <int V>
+__global__ void __launch_bounds__(THREADS, FITS) gradient_sums(GroupNorm g, Cut cut, float* partial) {
   __shared__ float shared[2 * V * THREADS];
-  Share s(cut, g.C, V, blockIdx.x);
+  Share s(cut, g, V);
   float sums[2 * V] = {};
   if (s.active) {
     Channel in(g, s.b, s.c);
     Affine<V> a(g, s.b, s.c);
-    over_part<ROWS>(cut, s, [&](long n, auto rows) {
-      constexpr int M = decltype(rows)::value;
-      float x[M][V], dy[M][V];
+    Walk of_x{in.x + in.first + s.first * in.step, s.step * in.step};
+    Walk of_dy{g.dy + (s.b * g.N + s.first) * g.C + s.c, s.step * g.C};
+    for (int left = s.count; left > 0; left -= PAIRS) {
+      float x[PAIRS][V], dy[PAIRS][V];
+      of_x.next(x, left);
+      of_dy.next(dy, left);
 #pragma unroll
-      for (int i = 0; i < M; i++) {
-        load(x[i], in.x + in.first + (n + i * s.high) * in.step);
-        load(dy[i], g.dy + (s.b * g.N + n + i * s.high) * g.C + s.c);
-      }
-#pragma unroll
-      for (int i = 0; i < M; i++)
+      for (int i = 0; i < PAIRS; i++) {
+        if (i >= left) break;
+        a.back(x[i], dy[i]);
 #pragma unroll
         for (int v = 0; v < V; v++) {
-          a.back(x[i][v], dy[i][v], v);
           sums[v] += dy[i][v];
           sums[V + v] += dy[i][v] * x[i][v];
         }
-    });
+      }
+    }
   }
   sum_rows(sums, shared, cut.width, s.high);
   if (!s.active || s.row > 0) return;
-  float* out = partial + (s.b * cut.parts + s.part) * 2 * g.C + s.c;
+  float* out = partial + s.at(g);
   float of_dz[V], of_dz_xhat[V];
   for (int v = 0; v < V; v++) of_dz[v] = sums[v], of_dz_xhat[v] = sums[V + v];
   store(out, of_dz);
   store(out + g.C, of_dz_xhat);
 }
 
-// means (B, groups, 2): of g and of g * xhat
+// means (images, groups, 2): of g and of g * xhat
 __global__ void __launch_bounds__(THREADS) finish_sums(GroupNorm g, Cut cut, const float* partial, float* means) {
   __shared__ float shared[2 * THREADS];
-  int size = g.C / g.groups, first = blockIdx.x % g.groups * size;
-  long b = blockIdx.x / g.groups;
+  int size = g.C / g.groups, first = blockIdx.x * size;
+  long b = cut.first_image + blockIdx.y;
   float of_g[2] = {0, 0};
   Layout l(size);
   for (int c0 = 0; c0 < size; c0 += l.width) {
@@ -423,7 +446,7 @@ __global__ void __launch_bounds__(THREADS) finish_sums(GroupNorm g, Cut cut, con
     float sums[2] = {0, 0};
     if (active)
       for (int part = l.row; part < cut.parts; part += l.high) {
-        const float* p = partial + (b * cut.parts + part) * 2 * g.C + c;
+        const float* p = partial + (blockIdx.y * cut.parts + part) * 2L * g.C + c;
         sums[0] += p[0];
         sums[1] += p[g.C];
       }
@@ -434,108 +457,103 @@ __global__ void __launch_bounds__(THREADS) finish_sums(GroupNorm g, Cut cut, con
       for (int i = 0; i < 2; i++) of_g[i] += g.gain[b * g.gain_step + c] * sums[i];
     }
   }
-  block_sum(of_g, shared);
-  if (threadIdx.x < 2) means[2L * blockIdx.x + threadIdx.x] = of_g[threadIdx.x] / (float(g.N) * size);
+  float sum_g = block_sum<0>(of_g[0]), sum_g_xhat = block_sum<1>(of_g[1]), count = float(g.N) * size;
+  if (threadIdx.x > 0) return;
+  means += 2L * (blockIdx.y * g.groups + blockIdx.x);
+  means[0] = sum_g / count;
+  means[1] = sum_g_xhat / count;
 }
 
-template <int V, int ROWS>
-__global__ void __launch_bounds__(THREADS) apply_gradient(GroupNorm g, Cut cut, const float* means) {
-  Share s(cut, g.C, V, gridDim.x - 1 - blockIdx.x);
-  if (!s.active) return;
+template <int V>
+__global__ void __launch_bounds__(THREADS, FITS) apply_gradient(GroupNorm g, Cut cut, const float* means) {
+  Share s(cut, g, V);
+  if (!s.active || s.count <= 0) return;
+  s.turn_round();
   Channel in(g, s.b, s.c);
   Affine<V> a(g, s.b, s.c);
   float mean_g[V], mean_g_xhat[V];
   for (int v = 0; v < V; v++) {
-    const float* m = means + 2 * (s.b * g.groups + (s.c + v) / (g.C / g.groups));
+    const float* m = means + 2L * (blockIdx.z * g.groups + (s.c + v) / (g.C / g.groups));
     mean_g[v] = m[0], mean_g_xhat[v] = m[1];
   }
-  over_part<ROWS>(cut, s, [&](long n, auto rows) {
-    constexpr int M = decltype(rows)::value;
-    float x[M][V], dy[M][V];
+  long first = in.first + s.first * in.step;
+  Walk of_x{in.x + first, s.step * in.step}, of_dy{g.dy + (s.b * g.N + s.first) * g.C + s.c, s.step * g.C};
+  float* dx = in.dx + first;
+  for (int left = s.count; left > 0; left -= PAIRS) {
+    float x[PAIRS][V], dy[PAIRS][V];
+    of_x.next(x, left);
+    of_dy.next(dy, left);
 #pragma unroll
-    for (int i = 0; i < M; i++) {
-      load(x[i], in.x + in.first + (n + i * s.high) * in.step);
-      load(dy[i], g.dy + (s.b * g.N + n + i * s.high) * g.C + s.c);
+    for (int i = 0; i < PAIRS; i++, dx += of_x.step) {
+      if (i >= left) break;
+      a.back(x[i], dy[i]);
+#pragma unroll
+      for (int v = 0; v < V; v++) x[i][v] = a.dx(x[i][v], dy[i][v], v, mean_g[v], mean_g_xhat[v]);
+      store_streaming(dx, x[i]);
     }
-#pragma unroll
-    for (int i = 0; i < M; i++) {
-#pragma unroll
-      for (int v = 0; v < V; v++) {
-        a.back(x[i][v], dy[i][v], v);
-        x[i][v] = a.dx(x[i][v], dy[i][v], v, mean_g[v], mean_g_xhat[v]);
-      }
-      store_streaming(in.dx + in.first + (n + i * s.high) * in.step, x[i]);
-    }
-  });
+  }
 }
 
 // v5: one block a group, whose stripe it reads once: thread t keeps its V channels of position after position in shared
-// memory, at (slot * THREADS + t) * V. Nobody else reads them there, so only the sums need barriers.
-constexpr int IN_FLIGHT = 4;
-
+// memory, at (slot * THREADS + t) * V. Nobody else reads them there, so only the sums need barriers. 16 floats in flight.
 template <int V>
 __global__ void __launch_bounds__(THREADS) forward_on_chip(GroupNorm g) {
   SHARED_DYNAMIC(float, kept);
-  __shared__ float shared[THREADS / 32];
+  constexpr int M = 16 / V;
   int size = g.C / g.groups, first = blockIdx.x % g.groups * size, slots = 0;
   long b = blockIdx.x / g.groups;
-  float count = float(g.N) * size, sum[1] = {0}, squares[1] = {0};
+  float count = float(g.N) * size, sum = 0, squares = 0;
   Layout l(size / V);
-  long end = l.idle() ? 0 : g.N;
+  int rows = l.idle() ? 0 : int(g.N - l.row + l.high - 1) / l.high;
+  kept += threadIdx.x * V;
   for (int c = l.column * V; c < size; c += l.width * V) {
     Channel in(g, b, first + c);
-    in_batches<IN_FLIGHT>(l.row, end, l.high, [&](long n, auto rows) {
-      constexpr int M = decltype(rows)::value;
+    Walk from{in.x + in.first + l.row * in.step, l.high * in.step};
+    for (int left = rows; left > 0; left -= M) {
       float x[M][V];
-#pragma unroll
-      for (int i = 0; i < M; i++) load(x[i], in.x + in.first + (n + i * l.high) * in.step);
+      from.next(x, left);
 #pragma unroll
       for (int i = 0; i < M; i++) {
-        for (int v = 0; v < V; v++) sum[0] += x[i][v];
-        store(kept + (slots++ * THREADS + threadIdx.x) * V, x[i]);
+        if (i >= left) break;
+        for (int v = 0; v < V; v++) sum += x[i][v];
+        store(kept + slots++ * THREADS * V, x[i]);
       }
-    });
+    }
   }
-  block_sum(sum, shared);
-  float mean = sum[0] / count;
+  float mean = block_sum<0>(sum) / count;
   for (int slot = 0; slot < slots; slot++) {
     float x[V];
-    load(x, kept + (slot * THREADS + threadIdx.x) * V);
-    for (int v = 0; v < V; v++) squares[0] += (x[v] - mean) * (x[v] - mean);
+    load(x, kept + slot * THREADS * V);
+    for (int v = 0; v < V; v++) squares += (x[v] - mean) * (x[v] - mean);
   }
-  block_sum(squares, shared);
-  float rstd = rsqrtf(squares[0] / count + float(g.eps));
+  float rstd = rsqrtf(block_sum<1>(squares) / count + float(g.eps));
   for (int c = threadIdx.x; c < size; c += THREADS) {
     g.mean[b * g.C + first + c] = mean;
     g.rstd[b * g.C + first + c] = rstd;
   }
-  int slot = 0;
   for (int c = l.column * V; c < size; c += l.width * V) {
-    float gain[V], offset[V];
-    load(gain, g.gain + b * g.gain_step + first + c);
-    load(offset, g.offset + b * g.gain_step + first + c);
-    for (long n = l.row; n < end; n += l.high) {
+    Affine<V> a(g, b, first + c, mean, rstd);
+    float* y = g.y + (b * g.N + l.row) * g.C + first + c;
+    for (int k = 0; k < rows; k++, y += l.high * g.C, kept += THREADS * V) {
       float x[V];
-      load(x, kept + (slot++ * THREADS + threadIdx.x) * V);
-      for (int v = 0; v < V; v++) {
-        float z = (x[v] - mean) * (rstd * gain[v]) + offset[v];
-        x[v] = g.silu ? silu(z) : z;
-      }
-      store(g.y + (b * g.N + n) * g.C + first + c, x);
+      load(x, kept);
+      a.forward(x);
+      store(y, x);
     }
   }
 }
 
-// slots: a thread's; xhat and dz are kept
+// slots: a thread's; xhat and dz are kept, and there are two slots more for the sums
 template <int V>
 __global__ void __launch_bounds__(THREADS) backward_on_chip(GroupNorm g, int slots) {
-  SHARED_DYNAMIC(float, kept);
-  __shared__ float shared[2 * V * THREADS];
-  float* kept_dz = kept + slots * THREADS * V;
-  int size = g.C / g.groups, first = blockIdx.x % g.groups * size, slot = 0;
+  SHARED_DYNAMIC(float, shared);
+  constexpr int M = V == 1 ? 8 : 16 / V;
+  int size = g.C / g.groups, first = blockIdx.x % g.groups * size;
   long b = blockIdx.x / g.groups;
   float count = float(g.N) * size, of_g[2] = {0, 0};
   Layout l(size / V);
+  int rows = l.idle() ? 0 : int(g.N - l.row + l.high - 1) / l.high;
+  float *kept = shared + (2 * THREADS + threadIdx.x) * V, *xhats = kept, *dzs = kept + slots * THREADS * V;
   for (int c0 = 0; c0 < size; c0 += l.width * V) {
     int c = first + c0 + l.column * V;
     bool active = !l.idle() && c < first + size;
@@ -543,26 +561,26 @@ __global__ void __launch_bounds__(THREADS) backward_on_chip(GroupNorm g, int slo
     if (active) {
       Channel in(g, b, c);
       Affine<V> a(g, b, c);
-      in_batches<IN_FLIGHT>(l.row, g.N, l.high, [&](long n, auto rows) {
-        constexpr int M = decltype(rows)::value;
+      Walk of_x{in.x + in.first + l.row * in.step, l.high * in.step};
+      Walk of_dy{g.dy + (b * g.N + l.row) * g.C + c, l.high * g.C};
+      for (int left = rows; left > 0; left -= M) {
         float x[M][V], dy[M][V];
+        of_x.next(x, left);
+        of_dy.next(dy, left);
 #pragma unroll
         for (int i = 0; i < M; i++) {
-          load(x[i], in.x + in.first + (n + i * l.high) * in.step);
-          load(dy[i], g.dy + (b * g.N + n + i * l.high) * g.C + c);
-        }
-#pragma unroll
-        for (int i = 0; i < M; i++) {
+          if (i >= left) break;
+          a.back(x[i], dy[i]);
 #pragma unroll
           for (int v = 0; v < V; v++) {
-            a.back(x[i][v], dy[i][v], v);
             sums[v] += dy[i][v];
             sums[V + v] += dy[i][v] * x[i][v];
           }
-          store(kept + (slot * THREADS + threadIdx.x) * V, x[i]);
-          store(kept_dz + (slot++ * THREADS + threadIdx.x) * V, dy[i]);
+          store(xhats, x[i]);
+          store(dzs, dy[i]);
+          xhats += THREADS * V, dzs += THREADS * V;
         }
-      });
+      }
     }
     sum_rows(sums, shared, l.width, l.high);
     if (active && l.row == 0)
@@ -572,66 +590,113 @@ __global__ void __launch_bounds__(THREADS) backward_on_chip(GroupNorm g, int slo
         for (int i = 0; i < 2; i++) of_g[i] += g.gain[b * g.gain_step + c + v] * sums[i * V + v];
       }
   }
-  block_sum(of_g, shared);
-  slot = 0;
-  for (int c = first + l.column * V; !l.idle() && c < first + size; c += l.width * V) {
+  float mean_g = block_sum<0>(of_g[0]) / count, mean_g_xhat = block_sum<1>(of_g[1]) / count;
+  xhats = kept, dzs = kept + slots * THREADS * V;
+  for (int c = first + l.column * V; c < first + size; c += l.width * V) {
     Channel in(g, b, c);
     Affine<V> a(g, b, c);
-    for (long n = l.row; n < g.N; n += l.high) {
+    float* dx = in.dx + in.first + l.row * in.step;
+    for (int k = 0; k < rows; k++, dx += l.high * in.step, xhats += THREADS * V, dzs += THREADS * V) {
       float x[V], dz[V];
-      load(x, kept + (slot * THREADS + threadIdx.x) * V);
-      load(dz, kept_dz + (slot++ * THREADS + threadIdx.x) * V);
-      for (int v = 0; v < V; v++) x[v] = a.dx(x[v], dz[v], v, of_g[0] / count, of_g[1] / count);
-      store(in.dx + in.first + n * in.step, x);
+      load(x, xhats);
+      load(dz, dzs);
+      for (int v = 0; v < V; v++) x[v] = a.dx(x[v], dz[v], v, mean_g, mean_g_xhat);
+      store(dx, x);
     }
   }
 }
 
-// Are all arrays, and all their rows, on multiples of 16 bytes?
-bool aligned(const GroupNorm& g) {
+// How many floats one load may fetch, 4, 2 or 1: on multiples of their bytes lie all arrays, and all their rows.
+int widest_load(const GroupNorm& g) {
   size_t bits = 0;
   auto add = [&](const void* p) { bits |= reinterpret_cast<size_t>(p); };
   for (const auto& in : g.inputs) add(in.x), add(in.dx), bits |= in.C * sizeof(float);
   for (const float* p : {g.gain, g.offset, g.dy}) add(p);
   for (const float* p : {g.mean, g.rstd, g.y, g.dgain, g.doffset}) add(p);
-  return bits % 16 == 0;
+  return bits % 16 == 0 ? 4 : bits % 8 == 0 ? 2 : 1;
 }
 
-// Some four blocks a multiprocessor, if each then has rows enough to do.
-Cut cut(const GroupNorm& g, int V, int rows) {
+// How many images at a time, in even rounds: all, or as many as half the L2 holds; `arrays` of their size are read twice.
+int images_at_a_time(const GroupNorm& g, int rung, int arrays) {
+  constexpr long grid = 65535;
+  long bytes = arrays * g.N * g.C * long(sizeof(float)), cached = device_attribute(cudaDevAttrL2CacheSize) / 2 / bytes;
+  int most = int(rung == 3 ? grid : std::max(1L, std::min(grid, cached))), rounds = (g.B + most - 1) / most;
+  return (g.B + rounds - 1) / rounds;
+}
+
+// Parts for as many blocks as run at a time, if each thread then has as many rows as it keeps in flight.
+Cut cut(const GroupNorm& g, int V, int images, int rows_in_flight) {
   int columns = g.C / V, tiles = (columns + THREADS - 1) / THREADS, width = (columns + tiles - 1) / tiles;
-  long wanted = (4L * multiprocessors() + g.B * tiles - 1) / ((long)g.B * tiles);
-  long most = g.N / ((long)THREADS / width * rows);
-  return {int(std::max(1L, std::min(wanted, most))), tiles, width, g.N};
+  long wanted = long(FITS) * multiprocessors() / (long(images) * tiles);
+  long most = g.N / (THREADS / width * rows_in_flight);
+  long parts = std::max(1L, std::min(wanted, most)), rows = (g.N + parts - 1) / parts;
+  return {0, int((g.N + rows - 1) / rows), tiles, width, rows};
 }
 
-template <int V, int ROWS>
-void forward_split(const GroupNorm& g) {
-  Cut c = cut(g, V, ROWS);
-  float* partial = workspace(2L * g.B * c.parts * g.C);
-  unsigned blocks = unsigned((long)g.B * c.parts * c.tiles);
-  LAUNCH((statistics<V, ROWS>), blocks, THREADS, 0, stream(), g, c, partial);
-  LAUNCH(finish, g.B * g.groups, THREADS, 0, stream(), g, c, partial);
-  LAUNCH((apply<V, ROWS>), blocks, THREADS, 0, stream(), g, c);
+template <int V>
+void forward_split(const GroupNorm& g, int images) {
+  Cut c = cut(g, V, images, ROWS);
+  float* partial = workspace(2L * images * c.parts * g.C);
+  for (; c.first_image < g.B; c.first_image += images) {
+    int here = std::min(images, g.B - c.first_image);
+    dim3 blocks(c.tiles, c.parts, here), groups(g.groups, here);
+    LAUNCH(statistics<V>, blocks, THREADS, 0, stream(), g, c, partial);
+    LAUNCH(finish, groups, THREADS, 0, stream(), g, c, partial);
+    LAUNCH(apply<V>, blocks, THREADS, 0, stream(), g, c);
+  }
 }
 
-template <int V, int ROWS>
-void backward_split(const GroupNorm& g) {
-  Cut c = cut(g, V, ROWS);
-  long sums = 2L * g.B * c.parts * g.C;
-  float *partial = workspace(sums + 2L * g.B * g.groups), *means = partial + sums;
-  unsigned blocks = unsigned((long)g.B * c.parts * c.tiles);
-  LAUNCH((gradient_sums<V, ROWS>), blocks, THREADS, 0, stream(), g, c, partial);
-  LAUNCH(finish_sums, g.B * g.groups, THREADS, 0, stream(), g, c, partial, means);
-  LAUNCH((apply_gradient<V, ROWS>), blocks, THREADS, 0, stream(), g, c, means);
+template <int V>
+void backward_split(const GroupNorm& g, int images) {
+  Cut c = cut(g, V, images, PAIRS);
+  long sums = 2L * images * c.parts * g.C;
+  float *partial = workspace(sums + 2L * images * g.groups), *means = partial + sums;
+  for (; c.first_image < g.B; c.first_image += images) {
+    int here = std::min(images, g.B - c.first_image);
+    dim3 blocks(c.tiles, c.parts, here), groups(g.groups, here);
+    LAUNCH(gradient_sums<V>, blocks, THREADS, 0, stream(), g, c, partial);
+    LAUNCH(finish_sums, groups, THREADS, 0, stream(), g, c, partial, means);
+    LAUNCH(apply_gradient<V>, blocks, THREADS, 0, stream(), g, c, means);
+  }
 }
 
-// How many slots a thread keeps of a group's stripe; 0: it does not fit, or is narrower than the 32 bytes that memory moves.
-int slots_on_chip(const GroupNorm& g, int V, int arrays) {
-  size_t most = compute_capability() >= 80 ? 80 << 10 : 32 << 10;  // two blocks a multiprocessor
-  int size = g.C / g.groups, columns = size / V, width = std::min(columns, THREADS), high = THREADS / width;
-  long slots = (g.N + high - 1) / high * ((columns + width - 1) / width);
-  return size >= 8 && arrays * slots * THREADS * V * sizeof(float) <= most ? int(slots) : 0;
+// How many slots a thread needs for its share of a group's stripe.
+long slots_of(const GroupNorm& g, int V) {
+  int columns = g.C / g.groups / V, width = std::min(columns, THREADS), high = THREADS / width;
+  return (g.N + high - 1) / high * ((columns + width - 1) / width);
+}
+
+// Whether a block of so much shared memory should take a group. Not where of the 32 bytes that memory moves at a time less
+// than half are the group's; nor, as one multiprocessor is slow with it, where it is large and the groups too few for all.
+bool on_chip(const GroupNorm& g, size_t bytes) {
+  constexpr size_t statics = 1 << 10, large = 64 << 10;
+  size_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - statics;
+  bool few = (long)g.B * g.groups < multiprocessors();
+  return g.C / g.groups >= 4 && bytes <= (few ? std::min(large, most) : most);
+}
+
+// False: it was not done.
+template <int V>
+bool forward_fitting(const GroupNorm& g) {
+  size_t bytes = slots_of(g, V) * THREADS * V * sizeof(float);
+  if (!on_chip(g, bytes)) return false;
+  LAUNCH(forward_on_chip<V>, g.B * g.groups, THREADS, bytes, stream(), g);
+  return true;
+}
+bool forward_fitting(const GroupNorm& g, int V) {
+  return V == 4 ? forward_fitting<4>(g) : V == 2 ? forward_fitting<2>(g) : forward_fitting<1>(g);
+}
+
+template <int V>
+bool backward_fitting(const GroupNorm& g) {
+  long slots = slots_of(g, V);
+  size_t bytes = (2 * slots + 2) * THREADS * V * sizeof(float);
+  if (!on_chip(g, bytes)) return false;
+  LAUNCH(backward_on_chip<V>, g.B * g.groups, THREADS, bytes, stream(), g, int(slots));
+  return true;
+}
+bool backward_fitting(const GroupNorm& g, int V) {
+  return V == 4 ? backward_fitting<4>(g) : V == 2 ? backward_fitting<2>(g) : backward_fitting<1>(g);
 }
 
 }  // namespace
@@ -639,44 +704,28 @@ int slots_on_chip(const GroupNorm& g, int V, int arrays) {
 void group_norm_forward(const GroupNorm& g) {
   if (g.B == 0 || g.C == 0) return;
   int rung = g.N ? group_norm.rung() : 2;  // of no positions the mean is 0 / 0
-  bool vectors = aligned(g), in_group = vectors && g.C / g.groups % 4 == 0;
-  int slots = rung == 5 ? slots_on_chip(g, in_group ? 4 : 1, 1) : 0;
+  int V = widest_load(g);
   if (rung == 1) {
     LAUNCH(forward_naive, blocks_for((long)g.B * g.groups, 64), 64, 0, stream(), g);
   } else if (rung == 2) {
     LAUNCH(forward_block, g.B * g.groups, THREADS, 0, stream(), g);
-  } else if (rung == 3) {
-    forward_split<1, 1>(g);
-  } else if (slots && in_group) {
-    LAUNCH(forward_on_chip<4>, g.B * g.groups, THREADS, slots * THREADS * 4 * sizeof(float), stream(), g);
-  } else if (slots) {
-    LAUNCH(forward_on_chip<1>, g.B * g.groups, THREADS, slots * THREADS * sizeof(float), stream(), g);
-  } else if (vectors) {
-    forward_split<4, 4>(g);
-  } else {
-    forward_split<1, 4>(g);
+  } else if (rung < 5 || !forward_fitting(g, std::gcd(V, g.C / g.groups))) {
+    int images = images_at_a_time(g, rung, 1);
+    V == 4 ? forward_split<4>(g, images) : forward_split<1>(g, images);
   }
 }
 
 void group_norm_backward(const GroupNorm& g) {
   if (g.B == 0 || g.C == 0) return;
   int rung = g.N ? group_norm.rung() : 2;  // of no positions the sums are 0
-  bool vectors = aligned(g), in_group = vectors && g.C / g.groups % 4 == 0;
-  int slots = rung == 5 ? slots_on_chip(g, in_group ? 4 : 1, 2) : 0;
+  int V = widest_load(g);
   if (rung == 1) {
     LAUNCH(backward_naive, blocks_for((long)g.B * g.groups, 64), 64, 0, stream(), g);
   } else if (rung == 2) {
     LAUNCH(backward_block, g.B * g.groups, THREADS, 0, stream(), g);
-  } else if (rung == 3) {
-    backward_split<1, 1>(g);
-  } else if (slots && in_group) {
-    LAUNCH(backward_on_chip<4>, g.B * g.groups, THREADS, 2 * slots * THREADS * 4 * sizeof(float), stream(), g, slots);
-  } else if (slots) {
-    LAUNCH(backward_on_chip<1>, g.B * g.groups, THREADS, 2 * slots * THREADS * sizeof(float), stream(), g, slots);
-  } else if (vectors) {
-    backward_split<4, 4>(g);
-  } else {
-    backward_split<1, 4>(g);
+  } else if (rung < 5 || !backward_fitting(g, std::gcd(V, g.C / g.groups))) {
+    int images = images_at_a_time(g, rung, 2);
+    V == 4 ? backward_split<4>(g, images) : backward_split<1>(g, images);
   }
 }
 

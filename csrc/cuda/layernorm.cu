@@ -180,10 +180,14 @@ __global__ void __launch_bounds__(THREADS) forward_registers(Norm n) {
   }
 }
 
+// How many blocks run on a multiprocessor, whose lanes keep so many channels: the compiler keeps to the registers.
+template <int CHANNELS>
+constexpr int FITS = CHANNELS <= 10 ? 4 : CHANNELS <= 12 ? 3 : CHANNELS <= 20 ? 2 : 1;
+
 // A warp goes over many rows and keeps the sums for its lanes' columns too. The block's warps then add theirs up in turn:
 // partial (blocks, 2, D).
 template <int V, int K>
-__global__ void __launch_bounds__(THREADS) backward_registers(NormGradient n, float* partial) {
+__global__ void __launch_bounds__(THREADS, FITS<V * K>) backward_registers(NormGradient n, float* partial) {
   SHARED_DYNAMIC(float, sums);  // (2, D)
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float of_gamma[K][V] = {}, of_beta[K][V] = {};
@@ -275,11 +279,10 @@ void finish(const NormGradient& n, int parts, const float* partial) {
   LAUNCH(finish_columns, blocks_for(2L * n.D, 32), THREADS, 0, stream(), n, parts, partial);
 }
 
-// As many blocks as fit on the device at a time.
+// As many blocks as run at a time.
 template <int V, int K>
 void launch(Held<V, K>, const NormGradient& n) {
-  int fitting = V * K <= 12 ? 4 : V * K <= 20 ? 2 : 1;
-  int blocks = int(std::min<long>(blocks_for(n.rows, WARPS), fitting * multiprocessors()));
+  int blocks = int(std::min<long>(blocks_for(n.rows, WARPS), FITS<V * K> * multiprocessors()));
   float* partial = workspace(2L * blocks * n.D);
   LAUNCH((backward_registers<V, K>), blocks, THREADS, 2 * n.D * sizeof(float), stream(), n, partial);
   finish(n, blocks, partial);

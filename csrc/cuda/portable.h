@@ -4,18 +4,19 @@
 //   LAUNCH((kernel<4>), grid, block, shared_bytes, stream, arguments...);   for  kernel<4><<<grid, block, ...>>>(...)
 //   SHARED_DYNAMIC(float, tile);                                            for  extern __shared__ float tile[];
 //
-// A launch that fails throws std::runtime_error, which names the kernel and its launch configuration. More than 48 KiB of
-// dynamic shared memory are asked for as CUDA wants it (cudaFuncSetAttribute), and refused where the device has less.
-// All PTX is in ptx.h.
+// A launch that fails throws std::runtime_error, which names the kernel and its launch configuration. All PTX is in ptx.h.
 #pragma once
 
 #ifdef __CUDACC__
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cassert>
+#else
+#include "../emulator/emulator.h"
+#endif
+
 #include <cstdint>
 #include <cstdio>
 #include <stdexcept>
@@ -38,20 +39,35 @@ struct Configuration {
                              text(block) + ", " + std::to_string(shared_bytes) + " bytes of dynamic shared memory");
   }
   void check(cudaError_t error) const {
-    if (error != cudaSuccess) fail(cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // forgets it: the next launch has nothing to do with it
+    fail(cudaGetErrorString(error));
   }
 };
 
+// What the device in use says of itself.
+inline int device_attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, which, device);
+  if (error == cudaSuccess) return value;
+  cudaGetLastError();
+  throw std::runtime_error(std::string("cudaDeviceGetAttribute: ") + cudaGetErrorString(error));
+}
+
+// A kernel's static and dynamic shared memory are 48 KiB together at most, unless more is asked for as here.
 template <class... P>
 void allow_shared_memory(const Configuration& c, void (*kernel)(P...)) {
-  constexpr size_t always = 48 << 10;
-  if (c.shared_bytes <= always) return;
-  int device, limit;
-  c.check(cudaGetDevice(&device));
-  c.check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  if (c.shared_bytes > size_t(limit)) c.fail("the device has at most " + std::to_string(limit) + " bytes for a block");
-  c.check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(c.shared_bytes)));
+  if (!c.shared_bytes) return;
+  auto function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes of;
+  c.check(cudaFuncGetAttributes(&of, function));
+  if (c.shared_bytes <= size_t(of.maxDynamicSharedSizeBytes)) return;
+  size_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (c.shared_bytes + of.sharedSizeBytes > limit)
+    c.fail("the device has at most " + std::to_string(limit) + " bytes of shared memory for a block, and the kernel's " +
+           "static variables take " + std::to_string(of.sharedSizeBytes));
+  c.check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(c.shared_bytes)));
 }
 
 }  // namespace minidiff::cuda
@@ -60,9 +76,13 @@ void allow_shared_memory(const Configuration& c, void (*kernel)(P...)) {
   do {                                                                                                               \
     const ::minidiff::cuda::Configuration launch_{#kernel_, (grid_), (block_), size_t(shared_bytes_)};               \
     ::minidiff::cuda::allow_shared_memory(launch_, kernel_);                                                         \
-    kernel_<<<launch_.grid, launch_.block, launch_.shared_bytes, (stream_)>>>(__VA_ARGS__);                          \
+    MINIDIFF_START(kernel_, launch_, stream_, ##__VA_ARGS__);                                                        \
     launch_.check(cudaGetLastError());                                                                               \
   } while (0)
+
+#ifdef __CUDACC__
+
+#define MINIDIFF_START(kernel_, c, stream_, ...) kernel_<<<c.grid, c.block, c.shared_bytes, (stream_)>>>(__VA_ARGS__)
 
 #define SHARED_DYNAMIC(T, name)                                             \
   extern __shared__ __align__(128) unsigned char minidiff_dynamic_shared[]; \
@@ -70,10 +90,8 @@ void allow_shared_memory(const Configuration& c, void (*kernel)(P...)) {
 
 #else
 
-#include "../emulator/emulator.h"
-
-#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                       \
-  ::minidiff::emulator::launch_kernel(#kernel, kernel, (grid), (block), (shared_bytes), (stream), ##__VA_ARGS__)
+#define MINIDIFF_START(kernel_, c, stream_, ...) \
+  ::minidiff::emulator::launch_kernel(c.kernel, kernel_, c.grid, c.block, c.shared_bytes, (stream_), ##__VA_ARGS__)
 
 #define SHARED_DYNAMIC(T, name) T* name = reinterpret_cast<T*>(::minidiff::emulator::dynamic_shared())
 

@@ -14,16 +14,16 @@ __device__ __forceinline__ T warp_sum(T v) {
   return v;
 }
 
-// In the first warp the sum over the block, of whole warps; once a kernel for each T, as there is no barrier behind it.
-template <class T>
+// In every thread the sum over the block, of whole warps. A kernel's calls have each its own number, and so memory: there is
+// no barrier behind.
+template <int CALL = 0, class T>
 __device__ T block_sum(T v) {
   __shared__ T sums[32];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   v = warp_sum(v);
   if (lane == 0) sums[warp] = v;
   __syncthreads();
-  if (warp == 0) v = warp_sum(lane < warps ? sums[lane] : T(0));
-  return v;
+  return warp_sum(lane < warps ? sums[lane] : T(0));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What the normalisations share: loads of one or four floats, and several sums at once over the threads of a block.
+// What the normalisations share: loads of one, two or four floats, and several sums at once over the threads of a block.
 #pragma once
 
 #include "ptx.h"
@@ -7,13 +7,16 @@
 namespace minidiff::cuda {
 namespace {
 
-// V floats at once: 1, or 4 where the address is a multiple of 16.
+// V floats at once: 1, or 2 or 4 where the address is a multiple of their bytes.
 template <int V>
 __device__ __forceinline__ void load(float (&to)[V], const float* from) {
-  static_assert(V == 1 || V == 4, "one float or four");
+  static_assert(V == 1 || V == 2 || V == 4, "one float, two or four");
   if constexpr (V == 4) {
     float4 f = *reinterpret_cast<const float4*>(from);
     to[0] = f.x, to[1] = f.y, to[2] = f.z, to[3] = f.w;
+  } else if constexpr (V == 2) {
+    float2 f = *reinterpret_cast<const float2*>(from);
+    to[0] = f.x, to[1] = f.y;
   } else {
     to[0] = *from;
   }
@@ -22,6 +25,8 @@ template <int V>
 __device__ __forceinline__ void store(float* to, const float (&from)[V]) {
   if constexpr (V == 4)
     *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+  else if constexpr (V == 2)
+    *reinterpret_cast<float2*>(to) = make_float2(from[0], from[1]);
   else
     *to = from[0];
 }
@@ -30,25 +35,10 @@ template <int V>
 __device__ __forceinline__ void store_streaming(float* to, const float (&from)[V]) {
   if constexpr (V == 4)
     store_once(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
+  else if constexpr (V == 2)
+    store_once(reinterpret_cast<float2*>(to), make_float2(from[0], from[1]));
   else
     store_once(to, from[0]);
-}
-
-// Each thread gets the K sums over the block's threads, which are a multiple of 32; shared: K floats a warp.
-template <int K>
-__device__ __forceinline__ void block_sum(float (&v)[K], float* shared) {
-  int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-#pragma unroll
-  for (int k = 0; k < K; k++) v[k] = warp_sum(v[k]);
-  __syncthreads();  // the sums before this one have been read
-  if (threadIdx.x % 32 == 0)
-    for (int k = 0; k < K; k++) shared[warp * K + k] = v[k];
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < K; k++) {
-    v[k] = 0;
-    for (int w = 0; w < warps; w++) v[k] += shared[w * K + k];
-  }
 }
 
 // The block's threads as `high` rows of `width`: row 0 gets what `join` makes of each column, by a tree over the rows.

@@ -212,7 +212,7 @@ std::string other(const Note& n) {
   report("read of unwritten memory", what_and_who(e, memory(r, e.p)) + ", which nobody has written");
 }
 
-// "12 bytes past the end of x (400 bytes)", of the buffer that starts next below
+// "12 bytes past the end of x (400 bytes)", or before its start, of the buffer that is nearest
 std::string nearest(const char* p) {
   const Region* below = nullptr;
   auto look = [&](const Region& r) {
@@ -223,14 +223,14 @@ std::string nearest(const char* p) {
   for (const Region& r : c.statics) look(r);
   auto after = m.regions.upper_bound(const_cast<char*>(p));
   if (after != m.regions.begin()) look(std::prev(after)->second);
-  if (!below || p - below->start - long(below->bytes) > (1 << 20)) {
-    if (after != m.regions.end() && after->first - p <= (1 << 20))
-      return std::to_string(after->first - p) + " bytes before the start of " + after->second.name;
+  constexpr long far = 1 << 20;
+  long past = below ? p - below->start - long(below->bytes) : far + 1;
+  long before = after != m.regions.end() ? after->first - p : far + 1;
+  if (past > far && before > far)
     return in_dynamic ? "dynamic shared memory that was not asked for" : "memory that nobody registered";
-  }
+  if (before < past) return std::to_string(before) + " bytes before the start of " + after->second.name;
   std::string name = below == &c.dynamic ? "dynamic shared memory" : below->name;
-  return std::to_string(p - below->start - long(below->bytes)) + " bytes past the end of " + name + " (" +
-         std::to_string(below->bytes) + " bytes)";
+  return std::to_string(past) + " bytes past the end of " + name + " (" + std::to_string(below->bytes) + " bytes)";
 }
 
 // ---- what is over

@@ -27,7 +27,7 @@ inline float __sinf(float x) { return sinf(x); }
 inline float __cosf(float x) { return cosf(x); }
 inline void __sincosf(float x, float* s, float* c) { *s = sinf(x), *c = cosf(x); }
 inline float __tanf(float x) { return tanf(x); }
-inline float __fdividef(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return fabsf(b) > 0x1p126f ? a * copysignf(0, b) : a / b; }  // as CUDA's: 0
 inline float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1 : 0; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }

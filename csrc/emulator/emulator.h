@@ -82,6 +82,7 @@ struct Site {
 
 struct Launch {
   const char* kernel;
+  const void* function;
   dim3 grid, block;
   size_t shared_bytes;
   void (*body)(void*);
@@ -96,7 +97,8 @@ void launch_kernel(const char* name, void (*kernel)(P...), dim3 grid, dim3 block
                    typename Same<P>::type... arguments) {
   auto call = [=] { kernel(arguments...); };
   auto body = [](void* p) { (*static_cast<decltype(call)*>(p))(); };
-  launch({name, grid, block, shared_bytes, body, &call, sizeof call, MINIDIFF_CHECKED});
+  auto function = reinterpret_cast<const void*>(kernel);
+  launch({name, function, grid, block, shared_bytes, body, &call, sizeof call, MINIDIFF_CHECKED});
 }
 
 void* dynamic_shared();

@@ -24,6 +24,10 @@ enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributePreferredSharedMemoryCarveout = 9,
 };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes = 0;  // not known before a block has run
+  int maxDynamicSharedSizeBytes = 0;
+};
 enum cudaDeviceAttr {
   cudaDevAttrMaxThreadsPerBlock = 1,
   cudaDevAttrMaxSharedMemoryPerBlock = 8,
@@ -55,6 +59,8 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaMallocBytes(void** p, size_t bytes);
 cudaError_t cudaFree(void* p);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, const void* kernel);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 const char* cudaGetErrorName(cudaError_t);
 const char* cudaGetErrorString(cudaError_t);
 namespace minidiff::emulator {
@@ -103,10 +109,6 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }  // a launch that fails throws
 inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
-template <class K>
-inline cudaError_t cudaFuncSetAttribute(K, cudaFuncAttribute, int) {
-  return cudaSuccess;
-}
 template <class K>
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, K, int threads, size_t shared_bytes) {
   return minidiff::emulator::blocks_per_multiprocessor(blocks, threads, shared_bytes);

@@ -100,6 +100,21 @@ cudaError_t cudaFree(void* p) {
   return cudaSuccess;
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, const void* kernel) {
+  std::lock_guard<std::mutex> guard(machine.lock);
+  auto found = machine.allowed_dynamic.find(kernel);
+  *of = {0, found == machine.allowed_dynamic.end() ? 0 : int(found->second)};
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  std::lock_guard<std::mutex> guard(machine.lock);
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (value < 0 || size_t(value) > machine.options.device.sharedMemPerBlockOptin) return cudaErrorInvalidValue;
+  machine.allowed_dynamic[kernel] = size_t(value);
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   if (device) return cudaErrorInvalidDevice;
   *properties = options().device;

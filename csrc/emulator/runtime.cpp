@@ -118,11 +118,11 @@ void wait_for_others() {
 // ---- barriers
 
 [[noreturn]] void barrier_divergence(const std::string& why) {
-  m.owner = nullptr;
   fail("barrier divergence in " + m.kernel + ": " + why + where_threads_are());
 }
 
 void release_barrier() {
+  Quiet quiet;  // std::string's functions may be those that were compiled with the kernels
   if (m.divergent) barrier_divergence("threads of one block wait at different barriers");
   if (m.returned && !m.options.early_return)
     barrier_divergence(std::to_string(m.returned) + " threads returned before a barrier that the others wait at");
@@ -145,9 +145,9 @@ void run_body() {
   try {
     return m.launch->body(m.launch->arguments);
   } catch (const std::exception& e) {
+    m.owner = nullptr;
     thrown = e.what();
   }
-  m.owner = nullptr;
   fail("exception in " + m.kernel + ", " + thread_name(m.current->number, m.block) + ": " + thrown);
 }
 
@@ -213,6 +213,33 @@ std::string bare_name(const char* name) {
   return s.size() > 1 && s.front() == '(' && s.back() == ')' ? s.substr(1, s.size() - 2) : s;
 }
 
+[[noreturn]] void refuse(const Launch& l, const std::string& why) {
+  throw std::runtime_error("invalid launch configuration of " + m.kernel + ": " + why + "; " + configuration(l));
+}
+
+// Static and dynamic shared memory together may be more than what every kernel has only where somebody asked.
+void check_shared_memory(const Launch& l, size_t static_bytes) {
+  const cudaDeviceProp& device = m.options.device;
+  auto asked = m.allowed_dynamic.find(l.function);
+  bool allowed = asked != m.allowed_dynamic.end() && l.shared_bytes <= asked->second;
+  size_t most = allowed ? device.sharedMemPerBlockOptin : device.sharedMemPerBlock;
+  if (static_bytes + l.shared_bytes <= most) return;
+  refuse(l, std::string(allowed ? "the device has" : "without cudaFuncSetAttribute a kernel has") + " at most " +
+                std::to_string(most) + " bytes of shared memory for a block, and the kernel's static variables " +
+                "take " + std::to_string(static_bytes));
+}
+
+// The static shared variables that a block has written to.
+size_t written_statics() {
+  size_t bytes = 0;
+  for (const SharedVariable& v : m.variables) {
+    const char* p = m.statics + v.offset;
+    bool poison = !v.bytes || (*p == char(0xff) && !memcmp(p, p + 1, v.bytes - 1));
+    if (!poison) bytes += v.bytes;
+  }
+  return bytes;
+}
+
 void check_configuration(const Launch& l) {
   const cudaDeviceProp& device = m.options.device;
   uint64_t threads = uint64_t(l.block.x) * l.block.y * l.block.z;
@@ -221,10 +248,8 @@ void check_configuration(const Launch& l) {
     why = "a block has between 1 and " + std::to_string(device.maxThreadsPerBlock) + " threads, at most 64 in z";
   else if (!l.grid.x || !l.grid.y || !l.grid.z || l.grid.x > 0x7fffffffu || l.grid.y > 65535 || l.grid.z > 65535)
     why = "a grid has between 1 and 2147483647 blocks in x, and between 1 and 65535 in y and in z";
-  else if (l.shared_bytes > device.sharedMemPerBlockOptin || l.shared_bytes > DYNAMIC_BYTES)
-    why = "the device has at most " + std::to_string(device.sharedMemPerBlockOptin) + " bytes of shared memory for a block";
-  if (!why.empty())
-    throw std::runtime_error("invalid launch configuration of " + m.kernel + ": " + why + "; " + configuration(l));
+  if (!why.empty()) refuse(l, why);
+  check_shared_memory(l, 0);
 }
 
 void count_launch(const Launch& l) {
@@ -298,7 +323,10 @@ void run_grid(const Launch& l) {
   m.random = m.options.seed * 2654435761u + 88172645463325252u;
   uint64_t step = random_below(1u << 20) | 1, first = random_below(1u << 20);
   while (std::gcd(step, blocks) != 1) step += 2;
-  for (uint64_t k = 0; k < blocks && !m.failure.happened; k++) run_block(l, block_in_order(k, blocks, step, first));
+  for (uint64_t k = 0; k < blocks && !m.failure.happened; k++) {
+    run_block(l, block_in_order(k, blocks, step, first));
+    if (!k && m.options.poison && !m.failure.happened) check_shared_memory(l, written_statics());
+  }
 }
 
 void replace(std::string& s, const std::string& mark, uintptr_t pc) {
@@ -500,6 +528,7 @@ bool same_instruction(const Site& a, const Site& b) { return a.what == b.what ||
 }  // namespace
 
 void outside_mask(const Site& s, unsigned mask, int lane) {
+  m.owner = nullptr;
   std::string why = "which reads lane " + std::to_string(lane) + ", not in the mask";
   bad_mask(s, mask, why.c_str());
 }
@@ -568,6 +597,7 @@ void sync_warp(const Site& site, unsigned mask) {
 // ---- for tests
 
 bool is_skipped(const Site& s) {
+  Quiet quiet;
   for (const auto& [file, line] : m.skipped)
     if (line == s.line && file == base_name(s.file)) return true;
   return false;

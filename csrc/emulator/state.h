@@ -108,6 +108,7 @@ struct Machine {
   uint64_t turns_in_vain = 0, atomics_in_a_row = 0;
 
   std::map<char*, Region> regions;  // by their start
+  std::map<const void*, size_t> allowed_dynamic;  // shared memory that was asked for, by kernel
 
   std::map<std::string, size_t> count_of;
   std::vector<Count> counts;

@@ -345,5 +345,20 @@ FUNCTION(run_traps, (float* p), LAUNCH(traps, 1, 32, 0, 0, p))
 __global__ void nothing(float*) {}
 FUNCTION(run_too_many_threads, (float* p), LAUNCH(nothing, 1, 2048, 0, 0, p))
 FUNCTION(run_too_much_shared, (float* p), LAUNCH(nothing, 1, 32, 240 << 10, 0, p))
+
+template <int STATIC_BYTES>
+__global__ void both_kinds(float* p) {
+  SHARED_DYNAMIC(float, dynamic);
+  __shared__ float own[STATIC_BYTES / 4];
+  own[threadIdx.x] = dynamic[threadIdx.x] = 1;
+  p[threadIdx.x] = own[threadIdx.x] + dynamic[threadIdx.x];
+}
+FUNCTION(run_both_kinds, (float* p), LAUNCH(both_kinds<8192>, 1, 32, 44 << 10, 0, p))
+FUNCTION(run_too_much_together, (float* p), LAUNCH(both_kinds<8192>, 1, 32, 224 << 10, 0, p))
+#ifndef __CUDACC__
+FUNCTION(run_not_asked, (float* p),
+         minidiff::emulator::launch_kernel("both_kinds", both_kinds<16384>, 1, 32, 44 << 10, 0, p))
+#endif
+
 FUNCTION(run_no_blocks, (float* p), LAUNCH(nothing, 0, 32, 0, 0, p))
 FUNCTION(run_fine, (float* p), LAUNCH(nothing, 1, 32, 0, 0, p))
