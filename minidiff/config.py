@@ -99,6 +99,12 @@ class SampleConfig:
         metadata={"help": "ddpm: deviation of the fresh noise, small (posterior's) or large (beta's)"},
     )
     clip: bool = field(default=True, metadata={"help": "hold the predicted image within [-1, 1]"})
+    rescale: float = field(
+        default=0.0, metadata={"help": "0..1: how far a strongly guided answer is brought back to its size without"}
+    )
+    interval: tuple[float, ...] = field(
+        default=(0.0, 1.0), metadata={"help": "LOW,HIGH: guidance only where t / T is within these"}
+    )
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -113,6 +119,10 @@ class SampleConfig:
             raise ValueError(f"sample.eta is ddim's; {self.sampler} has none")
         if self.sampler != "ddpm" and self.sigma != "small":
             raise ValueError(f"sample.sigma is ddpm's; {self.sampler} has none")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"sample.rescale must be in 0..1, got {self.rescale}")
+        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
+            raise ValueError(f"sample.interval must be two numbers, 0 <= low <= high <= 1, got {self.interval}")
 
 
 @dataclass(frozen=True)

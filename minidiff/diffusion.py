@@ -7,11 +7,15 @@ beta = 1 - alpha.
 
 DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2020, arXiv 2010.02502. v: Salimans and Ho 2022, arXiv
 2202.00512. Guidance: Ho and Salimans 2022, arXiv 2207.12598.
+
+Where alpha_bar_T = 0 (`schedule.zero_terminal_snr`), eps says nothing of x0: what divides by sqrt(alpha_bar) raises a
+ValueError, and x0 comes from v or x0 itself (`x0_from_prediction`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +26,7 @@ from minidiff.random import Draw, normal
 from minidiff.schedule import Schedule, per_sample
 from minidiff.tensor import Tensor, as_array, no_grad
 
-Model = Callable[[Array, Array, Any], Any]  # model(x_t, t, cond) -> eps_theta
+Model = Callable[[Array, Array, Any], Any]  # model(x_t, t, cond) -> eps_theta (a sampler may be told: v or x0)
 PREDICTIONS = ("eps", "v", "x0")
 
 
@@ -115,6 +119,7 @@ def eps_loss(model: Model, x0: Array, t: Array, eps: Array, cond: Any, schedule:
 def predict_x0(x_t: Array, t: Array, eps: Array, schedule: Schedule) -> Array:
     """The image that x_t and its noise imply: x0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
     alpha_bar = schedule.alpha_bar_at(t)
+    _check_signal(alpha_bar)
     return (x_t - per_sample(np.sqrt(1 - alpha_bar), x_t) * eps) / per_sample(np.sqrt(alpha_bar), x_t)
 
 
@@ -135,14 +140,44 @@ def eps_from_prediction(answer: Array, x_t: Array, t: Array, schedule: Schedule,
     return per_sample(np.sqrt(alpha_bar), x_t) * answer + per_sample(np.sqrt(1 - alpha_bar), x_t) * x_t
 
 
+def x0_from_prediction(answer: Array, x_t: Array, t: Array, schedule: Schedule, prediction: str) -> Array:
+    """x0_theta from what the network was trained to predict; x0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v."""
+    if prediction == "eps":
+        return predict_x0(x_t, t, answer, schedule)
+    if prediction == "x0":
+        return answer
+    _check_is_v(prediction)
+    alpha_bar = schedule.alpha_bar_at(t)
+    return per_sample(np.sqrt(alpha_bar), x_t) * x_t - per_sample(np.sqrt(1 - alpha_bar), x_t) * answer
+
+
 def _check_is_v(prediction: str) -> None:
     if prediction != "v":
         raise ValueError(f"prediction: {prediction!r} is not one of {', '.join(PREDICTIONS)}")
 
 
+def _check_signal(alpha_bar: np.ndarray) -> None:
+    if not np.all(alpha_bar > 0):
+        raise ValueError(
+            "at alpha_bar = 0 (zero terminal SNR) there is noise alone, and eps says nothing of the image: take a "
+            "network that predicts v or x0, and tell the sampler so"
+        )
+
+
 def clip_x0(x_t: Array, t: Array, eps: Array, schedule: Schedule, limit: float = 1.0) -> tuple[Array, Array]:
     """The predicted x0 held within [-limit, limit], and the eps that agrees with it: (x0, eps)."""
     x0 = array_module(x_t).clip(predict_x0(x_t, t, eps, schedule), -float(limit), float(limit))
+    return x0, eps_from_x0(x_t, t, x0, schedule)
+
+
+def x0_and_eps(
+    answer: Array, x_t: Array, t: Array, schedule: Schedule, prediction: str, clip: float | None = None
+) -> tuple[Array, Array]:
+    """The image and the noise that make x_t, from the network's answer; clip: the limit of `clip_x0`, or None."""
+    x0 = x0_from_prediction(answer, x_t, t, schedule, prediction)
+    if clip is None:
+        return x0, eps_from_prediction(answer, x_t, t, schedule, prediction)
+    x0 = array_module(x0).clip(x0, -float(clip), float(clip))
     return x0, eps_from_x0(x_t, t, x0, schedule)
 
 
@@ -170,6 +205,7 @@ def mu_theta(x_t: Array, t: Array, eps_theta: Array, schedule: Schedule, t_prev:
     DDPM, equation 11.
     """
     beta, alpha, alpha_bar, _ = schedule.between(t, t_prev)
+    _check_signal(alpha_bar)
     return (x_t - per_sample(beta / np.sqrt(1 - alpha_bar), x_t) * eps_theta) / per_sample(np.sqrt(alpha), x_t)
 
 
@@ -248,26 +284,76 @@ def classifier_free_guidance(eps_cond: Array, eps_uncond: Array, w: float) -> Ar
     return eps_uncond + float(w) * (eps_cond - eps_uncond)  # NumPy's float64 would make float64 of float32 arrays
 
 
-def guided_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: float) -> Array:
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly the text guides; taken wherever a plain number w is.
+
+    With an interval (low, high) there is guidance only where low <= t <= high, and t must be one number; elsewhere
+    w = 1, at half the work. Kynkäänniemi et al. 2024, arXiv 2404.07724.
+    """
+
+    scale: float  # w
+    rescale: float = 0.0  # phi in 0..1 of `rescale_guidance`
+    interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance: rescale must be in 0..1, got {self.rescale}")
+        if self.interval is not None and not self.interval[0] <= self.interval[1]:
+            raise ValueError(f"guidance: the interval must go from a lower to a higher t, got {self.interval}")
+
+
+def rescale_guidance(guided: Array, cond: Array, phi: float) -> Array:
+    """phi guided std(cond) / std(guided) + (1 - phi) guided, the deviations (B, 1, ...) those of each sample.
+
+    Strong guidance makes the network's answer too large, and the picture too bright; phi = 1 gives the answer the size
+    that it has without. Lin et al. 2023, arXiv 2305.08891, section 3.4.
+    """
+    xp, axes = array_module(guided), tuple(range(1, guided.ndim))
+    std_cond, std = (a.std(axis=axes, keepdims=True) for a in (cond, guided))
+    factor = xp.where(std > 0, std_cond, 1) / xp.where(std > 0, std, 1)
+    return float(phi) * (guided * factor) + (1 - float(phi)) * guided
+
+
+def guide(cond: Array, uncond: Array | None, w: float | Guidance) -> Array:
+    """The network's answer with guidance, from its answers with and without the text; uncond = None: cond is all."""
+    if uncond is None:
+        return cond
+    if not isinstance(w, Guidance):
+        return classifier_free_guidance(cond, uncond, w)
+    guided = classifier_free_guidance(cond, uncond, w.scale)
+    return rescale_guidance(guided, cond, w.rescale) if w.rescale else guided
+
+
+def guided_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: float | Guidance) -> Array:
     """eps_theta with guidance.
 
     cond and uncond are (tokens (B, L, D), mask (B, L) or None), or None for a model without text.
     """
-    eps_cond, eps_uncond = both_eps(model, x_t, t, cond, uncond, w)
-    return eps_cond if eps_uncond is None else classifier_free_guidance(eps_cond, eps_uncond, w)
+    return guide(*both_eps(model, x_t, t, cond, uncond, w), w)
 
 
-def both_eps(model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: float) -> tuple[Array, Array | None]:
+def both_eps(
+    model: Model, x_t: Array, t: Array, cond: Any, uncond: Any, w: float | Guidance
+) -> tuple[Array, Array | None]:
     """eps_theta with and without the text, from one call; for w = 0 or 1 one of them, and None."""
     return conditioned(model, cond, uncond, w)(x_t, t)
 
 
-def conditioned(model: Model, cond: Any, uncond: Any, w: float) -> Callable[[Array, Array], tuple[Array, Array | None]]:
+def conditioned(
+    model: Model, cond: Any, uncond: Any, w: float | Guidance
+) -> Callable[[Array, Array], tuple[Array, Array | None]]:
     """`both_eps` as a function of (x_t, t) alone, for a walk through many t under the same text.
 
     A model with a method `prepare(cond)` keeps there what it will need at every t, and takes each image once for both
     conditions (`UNet`); others get a batch of twice the size.
     """
+    if isinstance(w, Guidance):
+        inside, interval = conditioned(model, cond, uncond, w.scale), w.interval
+        if interval is None:
+            return inside
+        outside = conditioned(model, cond, None, 1)
+        return lambda x_t, t: (inside if interval[0] <= t <= interval[1] else outside)(x_t, t)
     if w != 1 and uncond is None and cond is not None:
         raise ValueError(f"guidance with w = {w} needs the unconditional input too")
     alone = w in (0, 1) or uncond is None
@@ -318,7 +404,7 @@ def denoise_step(
     t: float,
     cond: Any,
     uncond: Any,
-    w: float,
+    w: float | Guidance,
     z: Array | None,
     schedule: Schedule,
     t_prev: float | None = None,
@@ -327,7 +413,7 @@ def denoise_step(
 ) -> DenoiseStep:
     """One step of the reverse process p_theta(x_{t-1} | x_t), in its seven parts. DDPM, algorithm 2.
 
-    z: standard normal noise like x_t; not looked at in the step to t_prev = 0. w: guidance scale.
+    z: standard normal noise like x_t; not looked at in the step to t_prev = 0. w: the guidance.
     clip: hold the predicted x0 within +-clip and recompute eps from it; None leaves it free.
     """
     t_prev = t - 1 if t_prev is None else t_prev
@@ -335,6 +421,7 @@ def denoise_step(
     if clip is not None:
         _, eps = clip_x0(x_t, t, eps, schedule, clip)
     beta, alpha, alpha_bar, _ = schedule.between(t, t_prev)
+    _check_signal(alpha_bar)
     removed = per_sample(beta / np.sqrt(1 - alpha_bar), x_t) * eps
     if t_prev == 0:
         added = array_module(x_t).zeros_like(x_t)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,9 +15,10 @@ from PIL.PngImagePlugin import PngInfo
 from minidiff import plotting
 from minidiff.backend import to_numpy
 from minidiff.config import SampleConfig
+from minidiff.diffusion import Guidance
 from minidiff.errors import UserError
 from minidiff.random import Draw, Purpose, normal
-from minidiff.samplers import SamplerStep, ddim, ddpm, spaced_timesteps
+from minidiff.samplers import SAMPLERS, SamplerStep, spaced_timesteps
 from minidiff.tensor import no_grad
 from minidiff.text_to_image import TextToImage
 from minidiff.threads import num_workers, parallel_map
@@ -44,9 +46,16 @@ def denoise(
     def noise(i: int) -> Draw:
         return Draw(seed, samples, i + 1, Purpose.STEP_NOISE)
 
-    clip = 1.0 if settings.clip else None
-    walk = (model, x_T, cond, uncond, settings.guidance, timesteps, model.schedule, noise)
-    return ddpm(*walk, settings.sigma, clip) if settings.sampler == "ddpm" else ddim(*walk, settings.eta, clip)
+    walk = (model, x_T, cond, uncond, _guidance(settings, model.schedule.T), timesteps, model.schedule, noise)
+    its_own: dict[str, dict[str, Any]] = {"ddpm": {"sigma_kind": settings.sigma}, "ddim": {"eta": settings.eta}}
+    return SAMPLERS[settings.sampler](*walk, clip=1.0 if settings.clip else None, **its_own.get(settings.sampler, {}))
+
+
+def _guidance(settings: SampleConfig, T: int) -> float | Guidance:
+    low, high = settings.interval
+    if settings.rescale == 0 and (low, high) == (0, 1):
+        return settings.guidance
+    return Guidance(settings.guidance, settings.rescale, (low * T, high * T))
 
 
 def draw(

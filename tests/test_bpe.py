@@ -17,7 +17,7 @@ from helpers import import_or_skip
 
 from minidiff.errors import UserError
 from minidiff.text import CLIPTokenizer
-from minidiff.text.bpe import END, START, byte_symbols, fold, merge, word_pattern
+from minidiff.text.bpe import END, START, byte_symbols, fold, merge_pairs, word_pattern
 
 # ---- a small vocabulary, learned here
 
@@ -39,7 +39,7 @@ def learned(number=200):
     while len(merges) < number:
         best = max(sorted(Counter(pair for word in words for pair in pairwise(word)).items()), key=lambda item: item[1])
         merges.append(best[0])
-        words = [merge(word, {best[0]: 0}) for word in words]
+        words = [merge_pairs(word, {best[0]: 0}) for word in words]
     return tuple(merges)
 
 
@@ -93,11 +93,11 @@ def test_every_byte_has_a_symbol_that_can_be_printed():
 
 def test_merges_are_applied_in_the_order_of_their_ranks():
     ranks = {pair: rank for rank, pair in enumerate([("b", "c"), ("a", "b"), ("a", "bc"), ("a", "a"), ("aa", "abc")])}
-    assert merge(list("abc"), ranks) == ["abc"]
-    assert merge(list("abab"), ranks) == ["ab", "ab"]
-    assert merge(list("aaaaa"), ranks) == ["aa", "aa", "a"]
-    assert merge(list("aaabcab"), ranks) == ["aaabc", "ab"]
-    assert merge(list("x"), ranks) == ["x"] and merge(list("xyz"), {}) == ["x", "y", "z"]
+    assert merge_pairs(list("abc"), ranks) == ["abc"]
+    assert merge_pairs(list("abab"), ranks) == ["ab", "ab"]
+    assert merge_pairs(list("aaaaa"), ranks) == ["aa", "aa", "a"]
+    assert merge_pairs(list("aaabcab"), ranks) == ["aaabc", "ab"]
+    assert merge_pairs(list("x"), ranks) == ["x"] and merge_pairs(list("xyz"), {}) == ["x", "y", "z"]
 
 
 def test_words_are_those_of_clips_pattern_for_every_character_there_is():

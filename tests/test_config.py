@@ -47,7 +47,7 @@ def test_every_setting_has_help_and_takes_a_string(tmp_path):
         ("shapes", {"train.lr": "nan"}, ["train.lr wants a finite number"]),
         ("shapes", {"diffusion.prediction": "noise"}, ["diffusion.prediction", "eps, v, x0"]),
         ("shapes", {"diffusion.schedule": "cosin"}, ["diffusion.schedule", "cosine"]),
-        ("shapes", {"sample.sampler": "euler"}, ["sample.sampler", "ddim"]),
+        ("shapes", {"sample.sampler": "eulr"}, ["sample.sampler", "ddim"]),
         ("shapes", {"unet.channels": "32,x"}, ["unet.channels wants a whole number", "'x'"]),
         ("shapes", {"unet.channels": "32,64,64"}, ["unet.attention has 2 entries for 3 levels"]),
         ("shapes", {"unet.channels": "30,64"}, ["30 does not divide"]),

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from minidiff import Tensor, diffusion, samplers
-from minidiff.diffusion import predict_x0, q_sample
+from minidiff.config import SampleConfig
+from minidiff.diffusion import PREDICTIONS, Guidance, guide, predict_x0, q_sample
+from minidiff.random import Draw, Purpose, normal
+from minidiff.sample import denoise
 from minidiff.samplers import SAMPLERS, ddim, ddpm, spaced_timesteps
-from minidiff.schedule import Schedule, cosine, linear, scaled_linear
+from minidiff.schedule import Schedule, cosine, linear, scaled_linear, zero_terminal_snr
 
 SCHEDULES = {"linear": linear(), "scaled_linear": scaled_linear(), "cosine": cosine()}
 KINDS = ["small", "large", 0.0, 0.5, 1.0]  # DDPM's sigma, or DDIM's eta
@@ -184,7 +187,7 @@ def test_the_graph_is_recorded_between_yields_and_not_within(name):
         loss = (x * x).sum()
         loss.backward()
         close(x.grad, 2 * step.x_prev)
-    assert len(made) == 2 and all(y.node is None for y in made)
+    assert len(made) == 2 + (name == "heun") and all(y.node is None for y in made)
 
 
 # ---- one known image
@@ -467,7 +470,7 @@ def test_mixture_notices(fault, kind, stride, monkeypatch):
         check_mixture(kind, stride, 1)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_numpys_numbers_do_not_change_the_precision(name):
     """A sweep over np.linspace gives float64 scalars, which would make float64 of everything."""
     x_T = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
@@ -480,3 +483,195 @@ def test_numpys_numbers_do_not_change_the_precision(name):
         model, x_T, *tokens, np.float64(2.0), [1000, 500, 0], linear(), lambda i: x_T, clip=np.float64(1.0)
     )
     assert {step.x_prev.dtype for step in walk} == {np.dtype(np.float32)}
+
+
+# ---- what all samplers share
+
+
+def nonlinear(x, t, cond):
+    return np.tanh(x + cond[0].mean(axis=(1, 2))[:, None]) * (1 + t[:, None] / 1000)
+
+
+CONDITIONS = [(np.full((3, 2, 4), v), None) for v in (0.4, -0.3)]
+
+
+def all_steps(name, model, x_T, w=1.0, timesteps=(1000, 700, 699.5, 20, 1, 0), s=SCHEDULES["scaled_linear"], **options):
+    return list(SAMPLERS[name](model, x_T, *CONDITIONS, w, timesteps, s, draw_noise(x_T.shape), **options))
+
+
+@pytest.mark.parametrize("clip", [None, 0.8])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_is_linked(name, prediction, clip):
+    """x0 and eps make x_t, in every step; a walk to the image ends at its x0."""
+    x_T, s = draw_noise((3, 4), seed=1)(0), SCHEDULES["scaled_linear"]
+    steps = all_steps(name, nonlinear, x_T, 2.0, clip=clip, prediction=prediction)
+    assert steps[0].x_t is x_T
+    for a, b in itertools.pairwise(steps):
+        assert a.x_prev is b.x_t and a.t_prev == b.t
+    for step in steps:
+        close(q_sample(step.x0, step.t, step.eps, s), step.x_t, atol=1e-9)
+        assert clip is None or abs(step.x0).max() <= clip + 1e-9
+    if name != "unipc":  # its last step sets out from the corrected x_t
+        close(steps[-1].x_prev, steps[-1].x0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_prediction_of_the_same_network_gives_the_same_walk(name):
+    x_T, s = draw_noise((3, 4), seed=1)(0), SCHEDULES["scaled_linear"]
+
+    def told(prediction):
+        def model(x, t, cond):
+            eps = 0.9 * nonlinear(x, t, cond)
+            return diffusion.training_target(predict_x0(x, t, eps, s), t, eps, s, prediction)
+
+        return all_steps(name, model, x_T, 3.0, prediction=prediction)
+
+    walks = [told(prediction) for prediction in PREDICTIONS]
+    for a, b, c in zip(*walks, strict=True):
+        for other in (b, c):
+            close(other.x_prev, a.x_prev, rtol=0, atol=1e-9 * abs(a.x_prev).max())
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_an_unknown_prediction(name):
+    with pytest.raises(ValueError, match="'noise' is not one of eps, v, x0"):
+        all_steps(name, nonlinear, np.ones((3, 4)), prediction="noise")
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_drawn_noise_is_the_same_noise(name):
+    """A Draw names the numbers that an array holds; the deterministic samplers look at neither."""
+    x_T = draw_noise((3, 4), seed=1, dtype=np.float32)(0)
+    draws = [Draw(7, range(3), i, Purpose.STEP_NOISE) for i in range(5)]
+    for prediction in PREDICTIONS:
+        walks = [
+            list(
+                SAMPLERS[name](
+                    lambda x, t, c: np.tanh(x), x_T, None, None, 1, [1000, 500, 20, 0], SCHEDULES["linear"],
+                    lambda i, drawn=drawn: normal(*draws[i], (4,)) if drawn else draws[i], prediction=prediction,
+                )
+            )
+            for drawn in (False, True)
+        ]  # fmt: skip
+        for a, b in zip(*walks, strict=True):
+            np.testing.assert_allclose(a.x_prev, b.x_prev, rtol=1e-4, atol=1e-4)
+
+
+def test_samplers_that_add_noise_want_it():
+    with pytest.raises(ValueError, match="noise"):
+        list(SAMPLERS["euler_a"](nonlinear, np.ones((3, 4)), *CONDITIONS, 1, [10, 5, 0], linear(10), None))
+
+
+@pytest.mark.parametrize("name", ["euler", "euler_a"])
+def test_euler_in_sigma_space(name):
+    """Karras et al.'s and k-diffusion's formulas, on y = x_t / sqrt(alpha_bar)."""
+    s, x_T, z = SCHEDULES["scaled_linear"], draw_noise((3, 4), seed=1)(0), draw_noise((3, 4))
+    for i, step in enumerate(all_steps(name, nonlinear, x_T)):
+        sigma, to = (np.sqrt(1 / s.alpha_bar_at(t) - 1) for t in (step.t, step.t_prev))
+        up = to * np.sqrt(1 - to**2 / sigma**2) if name == "euler_a" else 0
+        down = np.sqrt(to**2 - up**2)
+        y = step.x_t / np.sqrt(s.alpha_bar_at(step.t)) + (down - sigma) * step.eps + up * z(i)
+        close(step.x_prev, y * np.sqrt(s.alpha_bar_at(step.t_prev)), rtol=1e-9, atol=1e-9)
+
+
+# ---- guidance
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_number_and_a_guidance_of_it_are_the_same(name, prediction):
+    x_T = draw_noise((3, 4), seed=1)(0)
+    for w in (0.0, 1.0, 4.0):
+        number, guidance = (all_steps(name, nonlinear, x_T, v, prediction=prediction) for v in (w, Guidance(w)))
+        for a, b in zip(number, guidance, strict=True):
+            close(b.x_prev, a.x_prev, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_guidance_in_an_interval(name):
+    """Outside, the steps are those without guidance, and the model sees no second batch."""
+    x_T, seen = draw_noise((3, 4), seed=1)(0), []
+
+    def model(x, t, cond):
+        seen.append((t[0], len(x)))
+        return nonlinear(x, t, cond)
+
+    timesteps, w = [1000, 800, 600, 400, 200, 100, 0], Guidance(5.0, interval=(200, 700))
+    list(SAMPLERS[name](model, x_T, *CONDITIONS, w, timesteps, linear(), draw_noise(x_T.shape)))
+    assert seen and all(batch == (6 if 200 <= t <= 700 else 3) for t, batch in seen)
+    walks = [all_steps(name, nonlinear, x_T, w, timesteps) for w in (w, 1.0)]
+    for a, b in itertools.islice(zip(*walks, strict=True), 2 if name != "heun" else 1):
+        close(a.x_prev, b.x_prev, rtol=1e-9, atol=1e-9)
+    assert abs(walks[0][-1].x_prev - walks[1][-1].x_prev).max() > 1e-3
+
+
+def test_rescaled_guidance():
+    """phi = 1 gives each sample the deviation of its conditional answer; phi between is a straight line to it."""
+    cond, uncond = draw_noise((3, 50, 2))(0), draw_noise((3, 50, 2))(1) + 0.5
+    full = guide(cond, uncond, Guidance(7.5, 1.0))
+    guided = guide(cond, uncond, 7.5)
+    close(full.std(axis=(1, 2)), cond.std(axis=(1, 2)))
+    close(full / guided, np.broadcast_to((full / guided)[:, :1, :1], full.shape))
+    close(guide(cond, uncond, Guidance(7.5, 0.7)), 0.7 * full + 0.3 * guided)
+    np.testing.assert_array_equal(guide(cond, uncond, Guidance(7.5)), guided)
+    np.testing.assert_array_equal(guide(cond, None, Guidance(7.5, 1.0)), cond)
+    flat = np.ones((2, 1), np.float32)
+    assert np.isfinite(guide(flat, 0 * flat, Guidance(7.5, 1.0))).all()
+    assert guide(flat, 0 * flat, Guidance(np.float64(7.5), np.float64(0.5))).dtype == np.float32
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rescaling_reaches_the_samplers(name):
+    x_T = draw_noise((3, 4), seed=1)(0)
+    first = all_steps(name, nonlinear, x_T, Guidance(6.0, 0.8))[0]
+    cond, uncond = (nonlinear(x_T, np.full(3, 1000), c) for c in CONDITIONS)
+    close(first.eps, guide(cond, uncond, Guidance(6.0, 0.8)))
+
+
+@pytest.mark.parametrize(
+    "way", [{"rescale": 1.1}, {"rescale": np.nan}, {"interval": (5, 4)}, {"interval": (0, np.nan)}]
+)
+def test_impossible_guidance(way):
+    with pytest.raises(ValueError, match="guidance"):
+        Guidance(3.0, **way)
+
+
+# ---- noise alone
+
+
+@pytest.mark.parametrize("convert", [predict_x0, diffusion.clip_x0, diffusion.mu_theta])
+def test_eps_of_noise_alone_is_refused(convert):
+    s, x = zero_terminal_snr(linear(10)), np.ones((2, 3))
+    for t in (10, np.array([5, 10])):
+        with pytest.raises(ValueError, match="zero terminal SNR"):
+            convert(*((x, t, x, s) if convert is not diffusion.clip_x0 else (x, t, x, s, 1.0)))
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        diffusion.denoise_step(lambda x, t, c: x, x, 10, None, None, 1, x, s)
+    assert np.isfinite(predict_x0(x, np.array([5, 9]), x, s)).all()
+
+
+# ---- from settings
+
+
+def test_settings_reach_the_samplers(monkeypatch):
+    """`denoise` calls each by its name, with its own options."""
+    calls, model = [], SimpleNamespace(schedule=linear(10), array_module=np, latent_shape=(2,))
+    model.condition = lambda captions: (Tensor(np.zeros((len(captions), 1, 1))), None)
+    for name in SAMPLERS:
+        monkeypatch.setitem(SAMPLERS, name, lambda *a, name=name, **k: calls.append((name, a[4], k)) or iter(()))
+        list(denoise(model, ["a"], SampleConfig(name, steps=2)))
+    own = {"ddpm": {"sigma_kind": "small"}, "ddim": {"eta": 0.0}}
+    assert calls == [(name, 1.5, {"clip": 1.0, **own.get(name, {})}) for name in SAMPLERS]
+    calls.clear()
+    list(denoise(model, ["a"], SampleConfig("heun", steps=2, clip=False, rescale=0.5, interval=(0.2, 0.5))))
+    assert calls == [("heun", Guidance(1.5, 0.5, (2.0, 5.0)), {"clip": None})]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [{"rescale": -0.1}, {"rescale": np.nan}, {"interval": (0.5, 0.2)}, {"interval": (0.5,)}, {"interval": (0, 2)}],
+)
+def test_impossible_settings(way):
+    with pytest.raises(ValueError, match=rf"sample\.{next(iter(way))} must be"):
+        SampleConfig(**way)

@@ -5,7 +5,21 @@ import math
 import numpy as np
 import pytest
 
-from minidiff.schedule import Schedule, cosine, linear, per_sample, scaled_linear
+from minidiff.errors import UserError
+from minidiff.samplers import SAMPLERS
+from minidiff.schedule import (
+    SAMPLER_OF,
+    Sampling,
+    Schedule,
+    cosine,
+    karras_levels,
+    linear,
+    per_sample,
+    read_scheduler,
+    scaled_linear,
+    visited_timesteps,
+    zero_terminal_snr,
+)
 
 MAKERS = [linear, scaled_linear, cosine]
 LENGTHS = [1, 2, 3, 1000, 4000]
@@ -178,7 +192,9 @@ def test_levels_between_whole_numbers(make):
     assert alpha == alpha_bar / alpha_bar_prev and beta == 1 - alpha
 
 
-@pytest.mark.parametrize("betas", [[0.0, 0.1], [0.1, 1.0], [0.1, np.nan], [-0.1], [[0.1, 0.2]], []], ids=str)
+@pytest.mark.parametrize(
+    "betas", [[0.0, 0.1], [1.0, 0.1], [0.1, 1.1], [0.1, np.nan], [-0.1], [[0.1, 0.2]], []], ids=str
+)
 def test_impossible_betas(betas):
     with pytest.raises(ValueError, match="schedule"):
         Schedule(np.array(betas, dtype=np.float64))
@@ -199,3 +215,185 @@ def test_per_sample(dtype):
     close((c * x)[:, 0, 0], [0.5, 0.25])
     with pytest.raises(ValueError, match="3 timesteps for 2 samples"):
         per_sample(np.ones(3), x)
+
+
+# ---- noise alone at the end
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_zero_terminal_snr(make):
+    """It ends at 0 and begins where it did; between, sqrt(alpha_bar) is an affine function of what it was."""
+    before, after = (np.sqrt(s.alpha_bar[1:]) for s in (make(1000), zero_terminal_snr(make(1000))))
+    assert after[-1] == 0 and (np.diff(after) < 0).all()
+    close(after[0], before[0])
+    close(
+        (after[:-1] - after[1:]) / (before[:-1] - before[1:]), np.full(999, before[0] / (before[0] - before[-1])), 1e-6
+    )
+    with pytest.raises(ValueError, match="one step"):
+        zero_terminal_snr(make(1))
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_levels_beside_noise_alone(make):
+    s = zero_terminal_snr(make(100))
+    t = np.linspace(99, 100, 11)
+    with np.errstate(all="raise"):
+        alpha_bar = s.alpha_bar_at(t)
+        beta, alpha, _, alpha_bar_prev = s.between(100, 99.5)
+    assert alpha_bar[-1] == 0 and (np.diff(alpha_bar) < 0).all() and s.noise_level[-1] == np.inf
+    level = np.sqrt((1 - alpha_bar[:-1]) / alpha_bar[:-1])
+    close(1 / level, (100 - t[:-1]) / s.noise_level[99], 1e-9)
+    assert (beta, alpha, alpha_bar_prev) == (1, 0, s.alpha_bar_at(99.5))
+    assert s.t_at(np.inf) == 100
+
+
+@pytest.mark.parametrize("make", [*MAKERS, lambda T: zero_terminal_snr(linear(T))])
+def test_t_at_is_the_inverse(make):
+    s = make(50)
+    t = np.concatenate([np.linspace(0, 49.99, 1001), np.arange(51)])
+    alpha_bar = s.alpha_bar_at(t)
+    with np.errstate(divide="ignore"):
+        level = np.sqrt((1 - alpha_bar) / alpha_bar)
+    close(s.t_at(level), t, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(s.t_at(s.noise_level), np.arange(51))
+    assert s.t_at(2 * s.noise_level[-1]) == 50
+
+
+# ---- which levels are visited
+
+
+def test_spacings_by_hand():
+    """The table 2 of arXiv 2305.08891: T = 1000, 10 steps."""
+    assert list(visited_timesteps(1000, 10, "leading")) == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
+    assert list(np.round(visited_timesteps(1000, 10, "linspace"))) == [1000, 889, 778, 667, 556, 445, 334, 223, 112, 1]
+    assert list(visited_timesteps(1000, 10, "trailing")) == [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100]
+    assert list(visited_timesteps(1000, 4, "leading", offset=1)) == [752, 502, 252, 2]
+    assert list(visited_timesteps(1000, 4, "leading", left_out=1)) == [801, 601, 401, 201]
+    assert list(visited_timesteps(9, 4, "linspace", left_out=1)) == [9, 7, 5, 3]
+    with pytest.raises(ValueError, match="leading, linspace, trailing"):
+        visited_timesteps(10, 2, "trailling")
+    for steps in (0, 11):
+        with pytest.raises(ValueError, match=rf"in 1\.\.10, got {steps}"):
+            visited_timesteps(10, steps)
+
+
+def test_karras_levels_by_hand():
+    levels = karras_levels(80.0, 0.002, 3)
+    close(levels, [80, ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7, 0.002])
+    assert list(karras_levels(80.0, 0.002, 1)) == pytest.approx([80])
+
+
+def test_sampling_visits_karras_levels():
+    s = scaled_linear()
+    timesteps = Sampling(s, "eps", "euler", "linspace", karras=True).timesteps(8)
+    alpha_bar = s.alpha_bar_at(np.array(timesteps[:-1]))
+    close(np.sqrt((1 - alpha_bar) / alpha_bar), karras_levels(s.noise_level[-1], s.noise_level[1], 8), rtol=1e-8)
+    assert timesteps[0] == 1000 and timesteps[-2:] == [1, 0]
+
+
+def test_where_walks_begin_and_end():
+    s, z = scaled_linear(), np.ones((1, 2), np.float32)
+    leading, trailing = (Sampling(s, "eps", "euler", spacing) for spacing in ("leading", "trailing"))
+    assert leading.start(z, [901, 0]) is z
+    scaled = trailing.start(z, [1000, 0])
+    assert scaled.dtype == np.float32 and scaled == pytest.approx(np.sqrt(1 - s.alpha_bar[1000]))
+    assert Sampling(s, "eps", "ddim", "trailing").start(z, [1000, 0]) is z
+    assert Sampling(s, "eps", "ddim", "leading", final=1).timesteps(4) == [751, 501, 251, 1]
+    with pytest.raises(ValueError, match="1 step of leading spacing begins where it ends"):
+        Sampling(s, "eps", "ddim", "leading", final=1).timesteps(1)
+
+
+# ---- scheduler_config.json
+
+SD = {
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
+    "steps_offset": 1, "trained_betas": None, "clip_sample": False,
+}  # fmt: skip
+
+
+def test_stable_diffusions_file():
+    for name, sampler in SAMPLER_OF.items():
+        found = read_scheduler({**SD, "_class_name": name})
+        assert found.sampler == sampler and found.prediction == "eps" and found.offset == 1 and found.clip is None
+        np.testing.assert_array_equal(found.schedule.alpha_bar, scaled_linear().alpha_bar)
+        assert found.spacing == ("leading" if sampler in ("ddpm", "ddim") else "linspace")
+        assert found.final == (sampler == "ddim")
+        replaced = name in ("PNDMScheduler", "LMSDiscreteScheduler")
+        assert found.note == (f"{name} is not here; dpm++2m draws in its place" if replaced else "")
+    assert set(SAMPLER_OF.values()) == set(SAMPLERS)
+    for sampler in SAMPLERS:
+        found = read_scheduler(SD, sampler)
+        assert found.sampler == sampler and not found.note
+
+
+def test_the_file_of_ddpm_cifar10():
+    found = read_scheduler(
+        {
+            "_class_name": "DDPMScheduler", "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+            "clip_sample": True, "num_train_timesteps": 1000, "trained_betas": None, "variance_type": "fixed_large",
+        }
+    )  # fmt: skip
+    assert (found.sampler, found.clip, found.options, found.spacing) == (
+        "ddpm",
+        1.0,
+        {"sigma_kind": "large"},
+        "leading",
+    )
+    np.testing.assert_array_equal(found.schedule.alpha_bar, linear().alpha_bar)
+
+
+@pytest.mark.parametrize("prediction, ours", [("epsilon", "eps"), ("v_prediction", "v"), ("sample", "x0")])
+def test_predictions_by_their_names(prediction, ours):
+    assert read_scheduler({**SD, "prediction_type": prediction}).prediction == ours
+
+
+def test_trained_betas():
+    betas = [0.1, 0.2, 0.5]
+    found = read_scheduler({**SD, "trained_betas": betas, "num_train_timesteps": 3})
+    np.testing.assert_array_equal(found.schedule.betas, betas)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"_class_name": "ScoreSdeVeScheduler"}, ["'ScoreSdeVeScheduler' is not one of", "DDIMScheduler"]),
+        ({"_class_name": ["DDIMScheduler"]}, ["is not one of"]),
+        ({"beta_schedule": "sigmoid"}, ["beta_schedule should be one of linear, scaled_linear", "'sigmoid'"]),
+        ({"beta_start": "low"}, ["beta_start should be a number", "'low'"]),
+        ({"beta_end": 1.5}, ["beta_start and beta_end should be between 0 and 1"]),
+        ({"beta_end": math.nan}, ["beta_end should be a number"]),
+        ({"num_train_timesteps": 0}, ["num_train_timesteps should be in 1..1000000, got 0"]),
+        ({"num_train_timesteps": 1000.0}, ["num_train_timesteps should be a whole number"]),
+        ({"num_train_timesteps": True}, ["num_train_timesteps should be a whole number"]),
+        ({"trained_betas": [0.1, 0.2]}, ["num_train_timesteps is 1000, but there are 2 trained_betas"]),
+        ({"trained_betas": [0.1, 2.0], "num_train_timesteps": 2}, ["strictly between 0 and 1"]),
+        ({"trained_betas": "few"}, ["scheduler_config.json: could not convert"]),
+        ({"prediction_type": "flow"}, ["prediction_type should be one of epsilon, v_prediction, sample"]),
+        ({"timestep_spacing": 3}, ["timestep_spacing should be one of leading, linspace, trailing"]),
+        ({"steps_offset": 1000}, ["steps_offset should be in 0..999"]),
+        ({"clip_sample_range": 0}, ["clip_sample_range above 0"]),
+        ({"clip_sample": "no"}, ["clip_sample should be true or false"]),
+        ({"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr", "v_prediction or sample, not epsilon"]),
+        ({"rescale_betas_zero_snr": 1}, ["rescale_betas_zero_snr should be true or false"]),
+        ({"thresholding": True, "secret": 7}, ["ddim would give other pictures", "thresholding = True", "secret = 7"]),
+        ({"variance_type": "learned_range"}, ["variance_type = 'learned_range'"]),
+    ],
+)
+def test_a_bad_file_is_one_clear_sentence(settings, words):
+    with pytest.raises(UserError) as e:
+        read_scheduler({**SD, "_class_name": "DDIMScheduler", **settings})
+    assert "\n" not in str(e.value) and str(e.value).count("scheduler_config.json") == 1
+    for word in words:
+        assert word in str(e.value)
+
+
+def test_keys_count_only_where_they_change_the_result():
+    """A solver's order is DPM-Solver's own affair: DDIM may draw all the same."""
+    settings = {**SD, "_class_name": "DPMSolverMultistepScheduler", "solver_order": 3, "lambda_min_clipped": -5.1}
+    with pytest.raises(UserError, match=r"solver_order = 3, lambda_min_clipped = -5\.1"):
+        read_scheduler(settings)
+    assert read_scheduler(settings, "ddim").sampler == "ddim"
+    assert read_scheduler({**settings, "solver_order": 2, "lambda_min_clipped": -math.inf}).sampler == "dpm++2m"
+    with pytest.raises(UserError, match="'pndm' is not one of ddpm, ddim, euler"):
+        read_scheduler(SD, "pndm")

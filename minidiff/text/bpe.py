@@ -57,7 +57,7 @@ def word_pattern() -> re.Pattern[str]:
     return re.compile(rf"'(?:s|t|re|ve|m|ll|d)|[{L}]+|[{N}]|[^\t-\r\x85{Z}{L}{N}]+")
 
 
-def merge(symbols: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
+def merge_pairs(symbols: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
     """Join the neighbours whose pair has the lowest rank, everywhere in the word, until no pair has a rank."""
     while len(symbols) > 1:
         best = min(pairwise(symbols), key=lambda pair: ranks.get(pair, math.inf))
@@ -137,7 +137,7 @@ class CLIPTokenizer:
         if word not in self._seen:
             symbols = [byte_symbols()[byte] for byte in word.encode()]
             symbols[-1] += "</w>"
-            self._seen[word] = [self.ids.get(token, self.end) for token in merge(symbols, self.ranks)]
+            self._seen[word] = [self.ids.get(token, self.end) for token in merge_pairs(symbols, self.ranks)]
         return self._seen[word]
 
     def __call__(self, texts: Sequence[str], context: int) -> tuple[np.ndarray, np.ndarray]:
