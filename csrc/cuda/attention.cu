@@ -15,18 +15,27 @@
 // Backward, with P = exp(S - lse) computed again and delta = rows of dY . Y:
 //   dV = P^T dY,  dS = P (dY V^T - delta),  dQ = scale dS K,  dK = scale dS^T Q
 // One kernel holds a block of queries and goes over the keys for dQ, another holds a block of keys and goes over the queries
-// for dK and dV, so nothing is added up by several blocks.
+// for dK and dV, so nothing is added up by several blocks: no atomics, and the same sums every time.
 //
 // The floor is arithmetic: 2 Lq Lk (d + dv) operations a head forward, 2 Lq Lk (3 d + 2 dv) backward, where S and dY V^T are
 // computed by both kernels: 4 d + 3 dv. The memory moved is that of the arrays, and K and V again for every block of
-// queries, which come from the L2.
+// queries, which come from the L2. v5 rounds K and V beforehand (backward Q and dY as well): 6 bytes a number once, and then
+// 2 instead of 4 each time they are read. With few keys, as in cross-attention, memory is the floor: 4 bytes for each number
+// of Q and y.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
+#include <type_traits>
 
 #include "../kernels.h"
 #include "ladder.h"
 #include "stream.h"
 #include "sums.h"
+
+// cp.async and the tensor cores' bf16: for older devices these kernels are empty, and the ladder never takes them.
+#if __CUDA_ARCH__ >= 800 || !defined(__CUDACC__)
+#define SM_80 1
+#endif
 
 namespace minidiff::cuda {
 namespace {
@@ -36,6 +45,8 @@ Ladder ladder("attention",
                {"flash", "online softmax over tiles of keys in shared memory; one warp a query, heads up to 256"},
                {"registers", "a block of 64 queries; each thread computes 4 x 4 scores and 4 rows of y in registers"},
                {"tensor cores", "bf16 factors, products by mma.sync; the scores' registers are the next product's factor",
+                80, Operands::bf16},
+               {"pipelined", "rounded beforehand; the next tile is copied past the registers while this one is multiplied",
                 80, Operands::bf16}});
 
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
@@ -529,64 +540,113 @@ __global__ void __launch_bounds__(THREADS, blocks_that_fit(CHUNKS))
   if constexpr (BY_KEYS) T::put(head.dv, s.first, L, a.dv, d2, factor2, vectors);
 }
 
-// v4: the same blocks, as bf16 in shared memory, on tensor cores. A warp has 16 rows; lane 4 g + t computes rows g and
-// g + 8, and of every 8 columns those at 2 t and 2 t + 1 (see ptx.h). Scores come out so that, rounded to bf16, they are the
-// next product's left factor as they are. Heads are padded to 16 N channels; 8 more to a row keep the rows that ldmatrix
-// reads in different banks.
-template <int N>
-struct Fragments {
-  using Bf16 = unsigned short;
-  static constexpr int STRIDE = 16 * N + 8;
-  static constexpr int KEYS = 64, GRADIENT_COLUMNS = N == 8 ? 16 : 32;  // of a tile; 16 spare registers
+// v4: the same blocks on tensor cores, for heads up to 64. A warp has 16 R of the block's rows; lane 4 g + t computes rows g
+// and g + 8 of every 16, and of every 8 columns those at 2 t and 2 t + 1 (see ptx.h). The block's rows are left factors from
+// beginning to end and stay in registers. Scores come out so that, rounded to bf16, they are the next product's left factor
+// as they are. Heads are padded to 16 N channels. A tile has rows of K and V, or of Q and dY, side by side; 8 numbers more
+// keep the rows that ldmatrix reads in different banks.
+using Bf16 = unsigned short;
 
-  static __device__ void load(Bf16* to, int rows, const Rows<const float>& from, int first, int L, int width, float factor,
-                              bool vectors) {
-#pragma unroll(N < 8 ? 4 : 2)
-    for (int i = threadIdx.x; i < rows * 4 * N; i += THREADS) {
-      int r = i / (4 * N), c = i % (4 * N) * 4;
-      const float* row = from[first + r] + c;
-      float x[4] = {};
-      if (first + r < L && vectors && c < width) minidiff::cuda::load(x, row);
-      if (first + r < L && !vectors)
-        for (int v = 0; v < 4; v++)
-          if (c + v < width) x[v] = row[v];
-      *reinterpret_cast<uint2*>(to + r * STRIDE + c) =
-          make_uint2(pack_bf16(x[0] * factor, x[1] * factor), pack_bf16(x[2] * factor, x[3] * factor));
+// x = V numbers of a row from column c on; with VECTORS they are all there or none is, and are loaded at once.
+template <bool VECTORS, int V>
+__device__ __forceinline__ void load_some(float (&x)[V], const float* row, int c, int width) {
+  if constexpr (!VECTORS) {
+#pragma unroll
+    for (int v = 0; v < V; v++) x[v] = c + v < width ? row[c + v] : 0;
+  } else if (c < width) {
+    if constexpr (V == 2) {
+      float2 two = *reinterpret_cast<const float2*>(row + c);
+      x[0] = two.x, x[1] = two.y;
+    } else {
+      load(x, row + c);
     }
   }
-  // s = rows . columns, of this warp's rows and 8 T columns
+}
+template <int V>
+__device__ __forceinline__ void load_some(float (&x)[V], const float* row, int c, int width, bool vectors) {
+  vectors ? load_some<true>(x, row, c, width) : load_some<false>(x, row, c, width);
+}
+__device__ __forceinline__ void store_rounded(Bf16* to, const float (&x)[4], float factor) {
+  *reinterpret_cast<uint2*>(to) =
+      make_uint2(pack_bf16(x[0] * factor, x[1] * factor), pack_bf16(x[2] * factor, x[3] * factor));
+}
+
+// f(r, n, e) for each number that a lane has of R x N fragments: row 8 * (e / 2) of the 16, column e % 2 of the 8.
+template <int R, int N, class F>
+__device__ __forceinline__ void each(F f) {
+#pragma unroll
+  for (int r = 0; r < R; r++)
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) f(r, n, e);
+}
+
+template <int N, int R>
+struct Fragments {
+  static constexpr int STRIDE = 32 * N + 8;
+  using Factors = unsigned[R][N][4];
+  using Sums = float[R][2 * N][4];
+
+  // The warp's rows, which begin at row `first`, times `factor`.
+  template <bool VECTORS>
+  static __device__ void load(Factors& x, const Rows<const float>& from, int first, int L, int width, float factor) {
+    int row = first + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    each<R, N>([&](int r, int c, int e) {
+      int i = row + 16 * r + e % 2 * 8;
+      float v[2] = {};
+      if (i < L) load_some<VECTORS>(v, from[i], column + 16 * c + e / 2 * 8, width);
+      x[r][c][e] = pack_bf16(v[0] * factor, v[1] * factor);
+    });
+  }
+  static __device__ void load(Factors& x, const Rows<const float>& from, int first, int L, int width, float factor,
+                              bool vectors) {
+    vectors ? load<true>(x, from, first, L, width, factor) : load<false>(x, from, first, L, width, factor);
+  }
+  // The same of rows that v5 has rounded; the first is at `rows`.
+  static __device__ void load(Factors& x, const Bf16* rows) {
+    rows += threadIdx.x % 32 / 4 * STRIDE + threadIdx.x % 4 * 2;
+    each<R, N>([&](int r, int c, int e) {
+      x[r][c][e] = *reinterpret_cast<const unsigned*>(rows + (16 * r + e % 2 * 8) * STRIDE + 16 * c + e / 2 * 8);
+    });
+  }
+  // What stands behind its channels.
+  static __device__ const float* tail(const Bf16* rows, int row) {
+    return reinterpret_cast<const float*>(rows + row * STRIDE + 32 * N);
+  }
+  // s += rows . columns, of the warp's rows and 8 T columns
   template <int T>
-  static __device__ void scores(float (&s)[T][4], const Bf16* rows, const Bf16* columns) {
+  static __device__ void add_scores(float (&s)[R][T][4], const Factors& rows, const Bf16* columns) {
     int lane = threadIdx.x % 32;
-    rows += (threadIdx.x / 32 * 16 + lane % 16) * STRIDE + lane / 16 * 8;
     columns += (lane % 8 + lane / 16 * 8) * STRIDE + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int n = 0; n < 4 * T; n++) s[n / 4][n % 4] = 0;
-#pragma unroll
-    for (int c = 0; c < N; c++) {
-      unsigned x[4], y[4];
-      ldmatrix(x, rows + 16 * c);
+    for (int c = 0; c < N; c++)
 #pragma unroll
       for (int n = 0; n < T; n += 2) {
+        unsigned y[4];
         ldmatrix(y, columns + 8 * n * STRIDE + 16 * c);
-        multiply(s[n], s[n + 1], x, y);
+#pragma unroll
+        for (int r = 0; r < R; r++) multiply(s[r][n], s[r][n + 1], rows[r][c], y);
       }
-    }
   }
   // sum += P . columns
   template <int T>
-  static __device__ void add(float (&sum)[2 * N][4], const float (&p)[T][4], const Bf16* columns) {
+  static __device__ void add(Sums& sum, const float (&p)[R][T][4], const Bf16* columns) {
     int lane = threadIdx.x % 32;
     columns += lane % 16 * STRIDE + lane / 16 * 8;
 #pragma unroll
     for (int j = 0; j < T; j += 2) {
-      unsigned x[4] = {pack_bf16(p[j][0], p[j][1]), pack_bf16(p[j][2], p[j][3]), pack_bf16(p[j + 1][0], p[j + 1][1]),
-                       pack_bf16(p[j + 1][2], p[j + 1][3])};
-      unsigned y[4];
+      unsigned x[R][1][4];
+      each<R, 1>([&](int r, int, int e) {
+        const float* two = &p[r][j + e / 2][e % 2 * 2];
+        x[r][0][e] = pack_bf16(two[0], two[1]);
+      });
 #pragma unroll
       for (int n = 0; n < 2 * N; n += 2) {
+        unsigned y[4];
         ldmatrix_trans(y, columns + 8 * j * STRIDE + 8 * n);
-        multiply(sum[n], sum[n + 1], x, y);
+#pragma unroll
+        for (int r = 0; r < R; r++) multiply(sum[r][n], sum[r][n + 1], x[r][0], y);
       }
     }
   }
@@ -596,121 +656,365 @@ struct Fragments {
     mma_m16n8k16_bf16(left, x, of_left, left);
     mma_m16n8k16_bf16(right, x, of_right, right);
   }
-  static __device__ void put(const Rows<float>& to, int first, int L, int width, const float (&sum)[2 * N][4],
-                             const float (&factor)[2], bool vectors) {
+  // A step of the online softmax: s becomes P. Only if a score exceeds its row's m by more than `room` does m follow, and l
+  // and y shrink: a float has room for P above 1. Each lane has an l of its own columns.
+  template <int T>
+  static __device__ void softmax(float (&s)[R][T][4], float (&m)[2 * R], float (&l)[2 * R], Sums& y, float room) {
+    float top[2 * R];
+    bool exceeds = false;
+#pragma unroll
+    for (int r = 0; r < 2 * R; r++) top[r] = m[r];
+    each<R, T>([&](int r, int n, int e) { top[2 * r + e / 2] = fmaxf(top[2 * r + e / 2], s[r][n][e]); });
+#pragma unroll
+    for (int r = 0; r < 2 * R; r++) exceeds |= top[r] > m[r] + room;
+    if (__any_sync(~0u, exceeds)) {
+      float shrink[2 * R];
+#pragma unroll
+      for (int r = 0; r < 2 * R; r++) {
+#pragma unroll
+        for (int step = 1; step < 4; step *= 2) top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], step));
+        shrink[r] = fast_exp2(m[r] - top[r]);
+        m[r] = top[r];
+        l[r] *= shrink[r];
+      }
+      each<R, 2 * N>([&](int r, int n, int e) { y[r][n][e] *= shrink[2 * r + e / 2]; });
+    }
+    each<R, T>([&](int r, int n, int e) { l[2 * r + e / 2] += s[r][n][e] = fast_exp2(s[r][n][e] - m[2 * r + e / 2]); });
+  }
+  static __device__ void finish(const Attention& a, long b, int h, int first, const Sums& y, const float (&m)[2 * R],
+                                float (&l)[2 * R], bool vectors) {
+    float factor[2 * R];
+    int row = first + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int r = 0; r < 2 * R; r++) {
+#pragma unroll
+      for (int step = 1; step < 4; step *= 2) l[r] += __shfl_xor_sync(~0u, l[r], step);
+      factor[r] = 1 / l[r];
+      if (a.lse && threadIdx.x % 4 == 0 && row + 8 * r < a.Lq)
+        a.lse[(b * a.heads + h) * a.Lq + row + 8 * r] = lse_of(m[r], l[r]);
+    }
+    put(Head(a, b, h).y, first, a.Lq, a.dv, y, factor, vectors);
+  }
+  // Each row's sums times its factor.
+  static __device__ void put(const Rows<float>& to, int first, int L, int width, const Sums& sum,
+                             const float (&factor)[2 * R], bool vectors) {
     int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      int r = first + threadIdx.x / 32 * 16 + lane / 4 + 8 * half;
-      if (r >= L) continue;
+    for (int r = 0; r < 2 * R; r++) {
+      int i = first + lane / 4 + 8 * r;
+      if (i >= L) continue;
 #pragma unroll
       for (int n = 0; n < 2 * N; n++) {
         int c = 8 * n + lane % 4 * 2;
-        float x = sum[n][2 * half] * factor[half], y = sum[n][2 * half + 1] * factor[half];
-        if (vectors && c < width) *reinterpret_cast<float2*>(to[r] + c) = make_float2(x, y);
-        if (!vectors && c < width) to[r][c] = x;
-        if (!vectors && c + 1 < width) to[r][c + 1] = y;
+        float x = sum[r / 2][n][r % 2 * 2] * factor[r], y = sum[r / 2][n][r % 2 * 2 + 1] * factor[r];
+        if (vectors && c < width) *reinterpret_cast<float2*>(to[i] + c) = make_float2(x, y);
+        if (!vectors && c < width) to[i][c] = x;
+        if (!vectors && c + 1 < width) to[i][c + 1] = y;
       }
     }
   }
+  static __device__ void put(const Rows<float>& to, int first, int L, int width, const Sums& sum, float factor,
+                             bool vectors) {
+    float factors[2 * R];
+#pragma unroll
+    for (int r = 0; r < 2 * R; r++) factors[r] = factor;
+    put(to, first, L, width, sum, factors, vectors);
+  }
 };
+
+// A tile's rows of one matrix, rounded on the way to shared memory.
+template <int N>
+__device__ __forceinline__ void load_columns(Bf16* to, int count, const Rows<const float>& from, int first, int L, int width,
+                                             float factor, bool vectors) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count * 4 * N; i += THREADS) {
+    int r = i / (4 * N), c = i % (4 * N) * 4;
+    float x[4] = {};
+    if (first + r < L) load_some(x, from[first + r], c, width, vectors);
+    store_rounded(to + r * Fragments<N, 1>::STRIDE + c, x, factor);
+  }
+}
+
+// Scores hidden and biased; those of lane 0 begin at `row` and `column`. BY_KEYS: rows are keys and columns queries.
+template <bool BY_KEYS, int T>
+__device__ __forceinline__ void mask(float (&s)[1][T][4], const Attention& a, const Share& at, int row, int column) {
+  row += threadIdx.x % 32 / 4, column += threadIdx.x % 4 * 2;
+  each<1, T>([&](int, int n, int e) {
+    int r = row + e / 2 * 8, c = column + 8 * n + e % 2;
+    s[0][n][e] = masked(a, at.b, at.h, BY_KEYS ? c : r, BY_KEYS ? r : c, s[0][n][e], LOG2_E);
+  });
+}
 
 template <int N>
 __global__ void __launch_bounds__(THREADS) forward_tensor_cores(Attention a, bool vectors) {
-  using F = Fragments<N>;
-  constexpr int KEYS = F::KEYS, T = KEYS / 8;
-  SHARED_DYNAMIC(unsigned short, shared);
-  unsigned short *q = shared, *k = q + BLOCK * F::STRIDE, *v = k + KEYS * F::STRIDE;
+#ifdef SM_80
+  using F = Fragments<N, 1>;
+  constexpr int KEYS = 64, T = KEYS / 8;
+  SHARED_DYNAMIC(Bf16, tile);
   Share s(a, a.Lq, BLOCK);
   Head head(a, s.b, s.h);
-  int lane = threadIdx.x % 32, row = s.first + threadIdx.x / 32 * 16 + lane / 4, column = lane % 4 * 2;
-  float y[2 * N][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {};
-  F::load(q, BLOCK, head.q, s.first, a.Lq, a.d, a.scale * LOG2_E, vectors);
+  int first = s.first + threadIdx.x / 32 * 16;
+  unsigned q[1][N][4];
+  float y[1][2 * N][4] = {}, m[2] = {-FLT_MAX, -FLT_MAX}, l[2] = {};
+  F::load(q, head.q, first, a.Lq, a.d, a.scale * LOG2_E, vectors);
   int keys = a.causal ? min(a.Lk, s.first + BLOCK) : a.Lk;
   for (int j = 0; j < keys; j += KEYS) {
     __syncthreads();
-    F::load(k, KEYS, head.k, j, a.Lk, a.d, 1, vectors);
-    F::load(v, KEYS, head.v, j, a.Lk, a.dv, 1, vectors);
+    load_columns<N>(tile, KEYS, head.k, j, a.Lk, a.d, 1, vectors);
+    load_columns<N>(tile + 16 * N, KEYS, head.v, j, a.Lk, a.dv, 1, vectors);
     __syncthreads();
-    float p[T][4];
-    F::scores(p, q, k);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float of_row[2 * T];
-#pragma unroll
-      for (int n = 0; n < 2 * T; n++)
-        of_row[n] = masked(a, s.b, s.h, row + 8 * half, j + n / 2 * 8 + column + n % 2, p[n / 2][2 * half + n % 2], LOG2_E);
-      float shrink = online_softmax<4>(of_row, m[half], l[half]);
-#pragma unroll
-      for (int n = 0; n < 2 * T; n++) p[n / 2][2 * half + n % 2] = of_row[n];
-#pragma unroll
-      for (int n = 0; n < 4 * N; n++) y[n / 2][2 * half + n % 2] *= shrink;
-    }
-    F::add(y, p, v);
+    float p[1][T][4] = {};
+    F::add_scores(p, q, tile);
+    mask<false>(p, a, s, first, j);
+    F::softmax(p, m, l, y, 0);
+    F::add(y, p, tile + 16 * N);
   }
-  const float factor[2] = {1 / l[0], 1 / l[1]};
-  F::put(head.y, s.first, a.Lq, a.dv, y, factor, vectors);
-#pragma unroll
-  for (int half = 0; half < 2; half++)
-    if (a.lse && lane % 4 == 0 && row + 8 * half < a.Lq) a.lse[s.row(a, row + 8 * half)] = lse_of(m[half], l[half]);
+  F::finish(a, s.b, s.h, first, y, m, l, vectors);
+#endif
 }
 
-// Heads of 160 channels have their dK and dV from two launches: there are not registers enough for both.
-enum Of { DQ, DK_AND_DV, DK, DV };
-
-template <int N, Of OF>
-__global__ void __launch_bounds__(THREADS, N < 4 ? 3 : N < 8 || OF != DK_AND_DV ? 2 : 1)
+template <int N, bool BY_KEYS>
+__global__ void __launch_bounds__(THREADS, N < 4 ? 3 : 2)
     gradient_tensor_cores(Attention a, const float* delta, bool vectors) {
-  using F = Fragments<N>;
-  constexpr bool BY_KEYS = OF != DQ, FIRST = OF != DV, SECOND = OF == DK_AND_DV || OF == DV;
-  constexpr int WIDTH = F::GRADIENT_COLUMNS, T = WIDTH / 8;
-  SHARED_DYNAMIC(unsigned short, shared);
-  unsigned short *rows1 = shared, *rows2 = rows1 + BLOCK * F::STRIDE, *cols1 = rows2 + BLOCK * F::STRIDE;
-  unsigned short* cols2 = cols1 + WIDTH * F::STRIDE;
-  float *lse = reinterpret_cast<float*>(cols2 + WIDTH * F::STRIDE), *of_row = lse + BLOCK;
+#ifdef SM_80
+  using F = Fragments<N, 1>;
+  constexpr int T = COLUMNS / 8;
+  SHARED_DYNAMIC(Bf16, tile);
+  float *lse = reinterpret_cast<float*>(tile + COLUMNS * F::STRIDE), *of_row = lse + BLOCK;
   int L = BY_KEYS ? a.Lk : a.Lq, L2 = BY_KEYS ? a.Lq : a.Lk;
   Share s(a, L, BLOCK);
   Head head(a, s.b, s.h);
-  int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, column = lane % 4 * 2;
-  float d1[FIRST ? 2 * N : 1][4] = {}, d2[SECOND ? 2 * N : 1][4] = {};
+  int first = s.first + threadIdx.x / 32 * 16, row = first - s.first + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  unsigned rows1[1][N][4], rows2[1][N][4];
+  float d1[1][2 * N][4] = {}, d2[1][BY_KEYS ? 2 * N : 1][4] = {};
   auto fetch_queries = [&](int first, int n) {
     int t = threadIdx.x, i = first + t;
     if (t >= n) return;
     lse[t] = i < a.Lq ? a.lse[s.row(a, i)] * LOG2_E : 0;
     of_row[t] = i < a.Lq ? delta[s.row(a, i)] : 0;
   };
-  F::load(rows1, BLOCK, BY_KEYS ? head.k : head.q, s.first, L, a.d, BY_KEYS ? 1 : a.scale * LOG2_E, vectors);
-  F::load(rows2, BLOCK, BY_KEYS ? head.v : head.dy, s.first, L, a.dv, 1, vectors);
+  auto query = [&](int n, int e) { return BY_KEYS ? column + 8 * n + e % 2 : row + e / 2 * 8; };
+  F::load(rows1, BY_KEYS ? head.k : head.q, first, L, a.d, BY_KEYS ? 1 : a.scale * LOG2_E, vectors);
+  F::load(rows2, BY_KEYS ? head.v : head.dy, first, L, a.dv, 1, vectors);
   if (!BY_KEYS) fetch_queries(s.first, BLOCK);
   int begin = BY_KEYS && a.causal ? s.first : 0, end = !BY_KEYS && a.causal ? min(L2, s.first + BLOCK) : L2;
-  for (int c0 = begin; c0 < end; c0 += WIDTH) {
+  for (int c = begin; c < end; c += COLUMNS) {
     __syncthreads();
-    F::load(cols1, WIDTH, BY_KEYS ? head.q : head.k, c0, L2, a.d, BY_KEYS ? a.scale * LOG2_E : 1, vectors);
-    F::load(cols2, WIDTH, BY_KEYS ? head.dy : head.v, c0, L2, a.dv, 1, vectors);
-    if (BY_KEYS) fetch_queries(c0, WIDTH);
+    load_columns<N>(tile, COLUMNS, BY_KEYS ? head.q : head.k, c, L2, a.d, BY_KEYS ? a.scale * LOG2_E : 1, vectors);
+    load_columns<N>(tile + 16 * N, COLUMNS, BY_KEYS ? head.dy : head.v, c, L2, a.dv, 1, vectors);
+    if (BY_KEYS) fetch_queries(c, COLUMNS);
     __syncthreads();
-    float p[T][4];
-    F::scores(p, rows1, cols1);
-#pragma unroll
-    for (int n = 0; n < 4 * T; n++) {
-      int r = row + n % 4 / 2 * 8, c = n / 4 * 8 + column + n % 2, i = BY_KEYS ? c0 + c : s.first + r;
-      p[n / 4][n % 4] = fast_exp2(masked(a, s.b, s.h, i, BY_KEYS ? s.first + r : c0 + c, p[n / 4][n % 4], LOG2_E) -
-                                  lse[BY_KEYS ? c : r]);
+    float p[1][T][4] = {}, ds[1][T][4] = {};
+    F::add_scores(p, rows1, tile);
+    mask<BY_KEYS>(p, a, s, first, c);
+    each<1, T>([&](int, int n, int e) { p[0][n][e] = fast_exp2(p[0][n][e] - lse[query(n, e)]); });
+    if constexpr (BY_KEYS) F::add(d2, p, tile + 16 * N);
+    F::add_scores(ds, rows2, tile + 16 * N);
+    each<1, T>([&](int, int n, int e) { ds[0][n][e] = p[0][n][e] * (ds[0][n][e] - of_row[query(n, e)]); });
+    F::add(d1, ds, tile);
+  }
+  F::put(BY_KEYS ? head.dk : head.dq, first, L, a.d, d1, BY_KEYS ? LN_2 : a.scale, vectors);
+  if constexpr (BY_KEYS) F::put(head.dv, first, L, a.dv, d2, 1, vectors);
+#endif
+}
+
+// v5: a pass of its own rounds what tiles are made of, once, and lays side by side what belongs to a key, or to a query:
+//
+//   key    │ K, 16 N channels │ V, 16 N channels │ bias        │   arrays (B, heads, L, 32 N + 8); zeros fill up the
+//   query  │ Q                │ dY               │ -lse -delta │   channels, and L to a multiple of 32
+//
+// A tile is copied as it lies, by cp.async, past the registers; and while one is multiplied the next one is under way:
+//
+//   copied   ├─0─┼─1─┼─2─┼─3─┤          shared memory is a ring of two tiles
+//   used         └─0─┴─1─┴─2─┴─3─
+//
+// A warp has 32 rows where registers allow, so that each fragment from shared memory is multiplied twice. Scores are not
+// looked at one by one: minus infinity stands in place of the bias or -lse where there is no key or query. Sums begin with
+// -lse and -delta; biases are added, and keys behind their query hidden, only in steps where there are any. A bias that
+// varies along the queries is left to v4.
+constexpr int AT_ONCE = 32;  // columns
+__host__ __device__ constexpr int filled_up(int L) { return (L + AT_ONCE - 1) / AT_ONCE * AT_ONCE; }
+
+// 32 keys or queries of a head a block, 8 lanes each. The forward has no `queries`: Q is read once, straight to registers.
+__global__ void __launch_bounds__(256) round_heads(Attention a, Bf16* keys, Bf16* queries, int channels, bool vectors) {
+  int of_keys = filled_up(a.Lk) / 32, of_queries = queries ? filled_up(a.Lq) / 32 : 0;  // blocks
+  int number = blockIdx.x % (of_keys + of_queries);
+  long bh = blockIdx.x / (of_keys + of_queries), b = bh / a.heads;
+  int h = int(bh % a.heads);
+  Head head(a, b, h);
+  bool by_keys = number < of_keys;
+  int L = by_keys ? a.Lk : a.Lq, row = (by_keys ? number : number - of_keys) * 32 + threadIdx.x / 8;
+  const float *from1 = by_keys ? head.k[row] : head.q[row], *from2 = by_keys ? head.v[row] : head.dy[row], *y = head.y[row];
+  Bf16* to = (by_keys ? keys : queries) + (bh * filled_up(L) + row) * (2 * channels + 8);
+  float delta = 0;
+  for (int c = threadIdx.x % 8 * 4; c < channels; c += 32) {
+    float x1[4] = {}, x2[4] = {}, of_y[4] = {};
+    if (row < L) {
+      load_some(x1, from1, c, a.d, vectors);
+      load_some(x2, from2, c, a.dv, vectors);
+      if (!by_keys) load_some(of_y, y, c, a.dv, vectors);
     }
-    if constexpr (SECOND) F::add(d2, p, cols2);
-    if constexpr (FIRST) {
-      float ds[T][4];
-      F::scores(ds, rows2, cols2);
+    store_rounded(to + c, x1, by_keys ? 1 : a.scale * LOG2_E);
+    store_rounded(to + channels + c, x2, 1);
 #pragma unroll
-      for (int n = 0; n < 4 * T; n++)
-        ds[n / 4][n % 4] = p[n / 4][n % 4] *
-                           (ds[n / 4][n % 4] - of_row[BY_KEYS ? n / 4 * 8 + column + n % 2 : row + n % 4 / 2 * 8]);
-      F::add(d1, ds, cols1);
+    for (int v = 0; v < 4; v++) delta += x2[v] * of_y[v];
+  }
+#pragma unroll
+  for (int step = 4; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
+  if (threadIdx.x % 8) return;
+  float tail = row < L ? 0 : -INFINITY;
+  if (row < L && !by_keys) tail = -LOG2_E * a.lse[bh * L + row];
+  if (row < L && by_keys && a.bias)
+    tail = LOG2_E * a.bias[b * a.bias_strides[0] + h * a.bias_strides[1] + row * a.bias_strides[3]];
+  *reinterpret_cast<float4*>(to + 2 * channels) = make_float4(tail, -delta, 0, 0);
+}
+
+constexpr int TILED = 64, RING = 2 * TILED;  // columns of a tile and of the ring
+constexpr size_t ring_bytes(int stride) { return sizeof(Bf16) * RING * stride; }
+
+// The columns [begin, end) of a head on their way through shared memory; with `begin` begins a tile. In memory `all` columns
+// of all heads lie STRIDE numbers apart; in chunks of 16 bytes 32 bits count 64 GiB.
+template <int STRIDE>
+struct Pipeline {
+  static constexpr int CHUNKS = TILED * STRIDE / 8;  // of a tile
+  Bf16* ring;
+  const Bf16* all;
+  unsigned chunk;
+  int begin, end;
+
+  __device__ __forceinline__ Pipeline(Bf16* ring, const Bf16* all, unsigned bh, int L, int begin, int end)
+      : ring(ring), all(all), chunk((bh * filled_up(L) + begin) * (STRIDE / 8) + threadIdx.x), begin(begin), end(end) {
+    if (begin < end) copy(begin);
+  }
+  __device__ __forceinline__ Bf16* place(int c) const { return ring + c % RING * STRIDE; }
+  // Starts to copy the tile of column c.
+  __device__ __forceinline__ void copy(int c) {
+    int t = threadIdx.x, left = (filled_up(end) - c) * (STRIDE / 8) - t;
+    Bf16* to = place(c) + t * 8;
+    const Bf16* from = all + size_t(chunk) * 8;
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k += THREADS)
+      if (k + THREADS <= CHUNKS || t < CHUNKS - k) cp_async<16>(to + 8 * k, from + 8 * k, k < left ? 16 : 0);
+    chunk += CHUNKS;
+  }
+  // use(c, place of column c) for every AT_ONCE columns
+  template <class Use>
+  __device__ __forceinline__ void run(Use use) {
+#pragma unroll 1
+    for (int c = begin; c < end; c += AT_ONCE) {
+      if (c % TILED == 0) {
+        cp_async_wait_all();
+        __syncthreads();  // all have copied this tile and used the one before, whose place the next one takes
+        if (c + TILED < end) copy(c + TILED);
+      }
+      use(c, place(c));
     }
   }
-  const float of_d1 = BY_KEYS ? LN_2 : a.scale, factor1[2] = {of_d1, of_d1}, factor2[2] = {1, 1};
-  if constexpr (FIRST) F::put(BY_KEYS ? head.dk : head.dq, s.first, L, a.d, d1, factor1, vectors);
-  if constexpr (SECOND) F::put(head.dv, s.first, L, a.dv, d2, factor2, vectors);
+};
+
+// Hides the keys behind their query; `row` and `column` are those of the warp's first score. BY_KEYS: rows are keys.
+template <bool BY_KEYS, int R, int T>
+__device__ __forceinline__ void hide(float (&s)[R][T][4], int row, int column) {
+  int behind = column + threadIdx.x % 4 * 2 - row - threadIdx.x % 32 / 4;
+  each<R, T>([&](int r, int n, int e) {
+    int at = behind + 8 * n + e % 2 - 16 * r - e / 2 * 8;
+    if (BY_KEYS ? at < 0 : at > 0) s[r][n][e] = -INFINITY;
+  });
+}
+
+// How many times 16 rows a warp has, and how many blocks a multiprocessor: as registers allow. Heads of more than 96
+// channels have their dK and dV from two launches.
+enum Of { Y, DQ, DK_AND_DV, DK, DV };
+template <int N, Of OF>
+constexpr int HEIGHT = N <= (OF == Y ? 6 : OF == DQ ? 4 : 3) ? 2 : 1;
+template <int N, Of OF>
+constexpr int RESIDENT = (OF == Y ? N <= 4 : OF == DQ ? N <= 2 : N == 1 || N == 4) ? 3 : 2;
+
+template <int N>
+__global__ void __launch_bounds__(THREADS, RESIDENT<N, Y>)
+    forward_pipelined(Attention a, const Bf16* keys, bool vectors) {
+#ifdef SM_80
+  constexpr int R = HEIGHT<N, Y>, T = AT_ONCE / 8;
+  using F = Fragments<N, R>;
+  SHARED_DYNAMIC(Bf16, ring);
+  Share s(a, a.Lq, R * BLOCK);
+  unsigned bh = unsigned(s.b * a.heads + s.h);
+  int first = s.first + threadIdx.x / 32 * 16 * R, column = threadIdx.x % 4 * 2;
+  Pipeline<F::STRIDE> pipeline(ring, keys, bh, a.Lk, 0, a.causal ? min(a.Lk, s.first + R * BLOCK) : a.Lk);
+  unsigned q[R][N][4];
+  float y[R][2 * N][4] = {}, m[2 * R], l[2 * R] = {};
+#pragma unroll
+  for (int r = 0; r < 2 * R; r++) m[r] = -FLT_MAX;
+  F::load(q, Head(a, s.b, s.h).q, first, a.Lq, a.d, a.scale * LOG2_E, vectors);
+  pipeline.run([&](int j, const Bf16* columns) {
+    if (first >= a.Lq || (a.causal && j >= first + 16 * R)) return;  // no row of this warp sees them
+    float p[R][T][4] = {};
+    F::add_scores(p, q, columns);
+    bool diagonal = a.causal && j + AT_ONCE > first + 1;
+    if (diagonal || a.bias || j + AT_ONCE > a.Lk) {
+      each<R, T>([&](int r, int n, int e) { p[r][n][e] += F::tail(columns, column + 8 * n + e % 2)[0]; });
+      if (diagonal) hide<false>(p, first, j);
+    }
+    F::softmax(p, m, l, y, 8);
+    F::add(y, p, columns + 16 * N);
+  });
+  F::finish(a, bh / a.heads, bh % a.heads, first, y, m, l, vectors);
+#endif
+}
+
+template <int N, Of OF>
+__global__ void __launch_bounds__(THREADS, RESIDENT<N, OF>)
+    gradient_pipelined(Attention a, const Bf16* keys, const Bf16* queries, bool vectors) {
+#ifdef SM_80
+  constexpr int R = HEIGHT<N, OF>, T = AT_ONCE / 8;
+  constexpr bool BY_KEYS = OF != DQ, FIRST = OF != DV, SECOND = OF == DK_AND_DV || OF == DV;
+  using F = Fragments<N, R>;
+  SHARED_DYNAMIC(Bf16, ring);
+  int L = BY_KEYS ? a.Lk : a.Lq, L2 = BY_KEYS ? a.Lq : a.Lk;
+  Share s(a, L, R * BLOCK);
+  unsigned bh = unsigned(s.b * a.heads + s.h);
+  int first = s.first + threadIdx.x / 32 * 16 * R, row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  int begin = BY_KEYS && a.causal ? s.first : 0, end = !BY_KEYS && a.causal ? min(L2, s.first + R * BLOCK) : L2;
+  Pipeline<F::STRIDE> pipeline(ring, BY_KEYS ? queries : keys, bh, L2, begin, end);
+  const Bf16* rows = (BY_KEYS ? keys : queries) + ((long)bh * filled_up(L) + first) * F::STRIDE;
+  unsigned rows1[R][N][4], rows2[R][N][4];
+  float s0[2 * R] = {}, dp0[2 * R] = {}, d1[R][FIRST ? 2 * N : 1][4] = {}, d2[R][SECOND ? 2 * N : 1][4] = {};
+  if (first < L) {
+    F::load(rows1, rows);
+    F::load(rows2, rows + 16 * N);
+#pragma unroll
+    for (int r = 0; r < 2 * R; r++) s0[r] = F::tail(rows, row + 8 * r)[0], dp0[r] = F::tail(rows, row + 8 * r)[1];
+  }
+  pipeline.run([&](int c, const Bf16* columns) {
+    if (first >= L || (!BY_KEYS && a.causal && c >= first + 16 * R)) return;  // no row of this warp meets them
+    float p[R][T][4], ds[R][T][4];
+    each<R, T>([&](int r, int n, int e) {
+      p[r][n][e] = BY_KEYS ? F::tail(columns, column + 8 * n + e % 2)[0] : s0[2 * r + e / 2];
+    });
+    F::add_scores(p, rows1, columns);
+    bool diagonal = a.causal && (BY_KEYS ? c < first + 16 * R - 1 : c + AT_ONCE > first + 1);
+    if (diagonal || a.bias || (!BY_KEYS && c + AT_ONCE > a.Lk)) {
+      const Bf16* of_keys = BY_KEYS ? keys + ((long)bh * filled_up(a.Lk) + first) * F::STRIDE : columns;
+      each<R, T>([&](int r, int n, int e) {
+        p[r][n][e] += F::tail(of_keys, BY_KEYS ? row + 16 * r + e / 2 * 8 : column + 8 * n + e % 2)[0];
+      });
+      if (diagonal) hide<BY_KEYS>(p, first, c);
+    }
+    each<R, T>([&](int r, int n, int e) { p[r][n][e] = fast_exp2(p[r][n][e]); });
+    if constexpr (SECOND) F::add(d2, p, columns + 16 * N);
+    if constexpr (FIRST) {
+      each<R, T>([&](int r, int n, int e) {
+        ds[r][n][e] = BY_KEYS ? F::tail(columns, column + 8 * n + e % 2)[1] : dp0[2 * r + e / 2];
+      });
+      F::add_scores(ds, rows2, columns + 16 * N);
+      each<R, T>([&](int r, int n, int e) { ds[r][n][e] *= p[r][n][e]; });
+      F::add(d1, ds, columns);
+    }
+  });
+  Head head(a, bh / a.heads, bh % a.heads);
+  if constexpr (FIRST) F::put(BY_KEYS ? head.dk : head.dq, first, L, a.d, d1, BY_KEYS ? LN_2 : a.scale, vectors);
+  if constexpr (SECOND) F::put(head.dv, first, L, a.dv, d2, 1, vectors);
+#endif
 }
 
 // What a block may have, of which one fits on a multiprocessor.
@@ -730,128 +1034,140 @@ bool aligned(const Attention& a) {
 unsigned blocks_of(const Attention& a, int L, int rows) { return unsigned((long)a.B * a.heads * ((L + rows - 1) / rows)); }
 unsigned threads_of(const Attention& a, int L, int width) { return blocks_for((long)a.B * a.heads * L * width, 256); }
 
-void forward_naive(const Attention& a) {
-  float* S = workspace((size_t)a.B * a.heads * a.Lq * a.Lk);
-  LAUNCH(scores_naive, threads_of(a, a.Lq, a.Lk), 256, 0, stream(), a, S);
-  LAUNCH(softmax_naive, threads_of(a, a.Lq, 1), 256, 0, stream(), a, S);
-  if (a.dv) LAUNCH(y_naive, threads_of(a, a.Lq, a.dv), 256, 0, stream(), a, S);
-}
-
-void backward_naive(const Attention& a) {
-  size_t many = (size_t)a.B * a.heads * a.Lq * a.Lk;
-  float *S = workspace(2 * many), *dS = S + many;
-  if (many) {
+// What launches the kernels, one struct a direction; those that return false have no room for such heads.
+struct Forward {
+  static void naive(const Attention& a) {
+    float* S = workspace((size_t)a.B * a.heads * a.Lq * a.Lk);
     LAUNCH(scores_naive, threads_of(a, a.Lq, a.Lk), 256, 0, stream(), a, S);
-    LAUNCH(ds_naive, threads_of(a, a.Lq, a.Lk), 256, 0, stream(), a, S, dS);
-    if (a.d) LAUNCH(dq_naive, threads_of(a, a.Lq, a.d), 256, 0, stream(), a, dS);
+    LAUNCH(softmax_naive, threads_of(a, a.Lq, 1), 256, 0, stream(), a, S);
+    if (a.dv) LAUNCH(y_naive, threads_of(a, a.Lq, a.dv), 256, 0, stream(), a, S);
   }
-  if (a.d) LAUNCH(dk_naive, threads_of(a, a.Lk, a.d), 256, 0, stream(), a, dS);
-  if (a.dv) LAUNCH(dv_naive, threads_of(a, a.Lk, a.dv), 256, 0, stream(), a, S);
-}
-
-void forward_by_warps(const Attention& a) {
-  LAUNCH(forward_flash, blocks_of(a, a.Lq, WARPS), 32 * WARPS, Flash::bytes(a), stream(), a);
-}
-
-float* launch_deltas(const Attention& a) {
-  float* delta = workspace((size_t)a.B * a.heads * a.Lq);
-  if (a.Lq) LAUNCH(deltas, blocks_of(a, a.Lq, WARPS), 32 * WARPS, 0, stream(), a, delta);
-  return delta;
-}
-
-void backward_by_warps(const Attention& a) {
-  float* delta = launch_deltas(a);
-  if (a.Lq) LAUNCH(dq_flash, blocks_of(a, a.Lq, WARPS), 32 * WARPS, Flash::bytes(a), stream(), a, delta);
-  LAUNCH(dk_dv_flash, blocks_of(a, a.Lk, WARPS), 32 * WARPS, Flash::bytes(a), stream(), a, delta);
-}
-
-template <int CHUNKS>
-bool forward_by_registers(const Attention& a) {
-  size_t bytes = sizeof(float) * (Tiles<CHUNKS>::ROWS + 2 * Tiles<CHUNKS>::COLS + Tiles<CHUNKS>::P);
-  if (bytes > shared_limit()) return false;
-  LAUNCH(forward_registers<CHUNKS>, blocks_of(a, a.Lq, BLOCK), THREADS, bytes, stream(), a, aligned(a));
-  return true;
-}
-
-template <int CHUNKS>
-bool backward_by_registers(const Attention& a) {
-  size_t bytes = sizeof(float) * (2 * Tiles<CHUNKS>::ROWS + 2 * Tiles<CHUNKS>::COLS + Tiles<CHUNKS>::P + 2 * BLOCK);
-  if (bytes > shared_limit()) return false;
-  float* delta = launch_deltas(a);
-  unsigned queries = blocks_of(a, a.Lq, BLOCK), keys = blocks_of(a, a.Lk, BLOCK);
-  if (a.Lq) LAUNCH((gradient_registers<CHUNKS, false>), queries, THREADS, bytes, stream(), a, delta, aligned(a));
-  LAUNCH((gradient_registers<CHUNKS, true>), keys, THREADS, bytes, stream(), a, delta, aligned(a));
-  return true;
-}
-
-template <int N>
-void forward_by_tensor_cores(const Attention& a) {
-  size_t bytes = sizeof(short) * (BLOCK + 2 * Fragments<N>::KEYS) * Fragments<N>::STRIDE;
-  LAUNCH(forward_tensor_cores<N>, blocks_of(a, a.Lq, BLOCK), THREADS, bytes, stream(), a, aligned(a));
-}
-
-template <int N>
-void backward_by_tensor_cores(const Attention& a) {
-  using F = Fragments<N>;
-  size_t bytes = sizeof(short) * 2 * (BLOCK + F::GRADIENT_COLUMNS) * F::STRIDE + sizeof(float) * 2 * BLOCK;
-  float* delta = launch_deltas(a);
-  unsigned queries = blocks_of(a, a.Lq, BLOCK), keys = blocks_of(a, a.Lk, BLOCK);
-  if (a.Lq) LAUNCH((gradient_tensor_cores<N, DQ>), queries, THREADS, bytes, stream(), a, delta, aligned(a));
-  if constexpr (N < 10) {
-    LAUNCH((gradient_tensor_cores<N, DK_AND_DV>), keys, THREADS, bytes, stream(), a, delta, aligned(a));
-  } else {
-    LAUNCH((gradient_tensor_cores<N, DK>), keys, THREADS, bytes, stream(), a, delta, aligned(a));
-    LAUNCH((gradient_tensor_cores<N, DV>), keys, THREADS, bytes, stream(), a, delta, aligned(a));
+  static void by_warps(const Attention& a) {
+    LAUNCH(forward_flash, blocks_of(a, a.Lq, WARPS), 32 * WARPS, Flash::bytes(a), stream(), a);
   }
+  template <int CHUNKS>
+  static bool by_registers(const Attention& a) {
+    size_t bytes = sizeof(float) * (Tiles<CHUNKS>::ROWS + 2 * Tiles<CHUNKS>::COLS + Tiles<CHUNKS>::P);
+    if (bytes > shared_limit()) return false;
+    LAUNCH(forward_registers<CHUNKS>, blocks_of(a, a.Lq, BLOCK), THREADS, bytes, stream(), a, aligned(a));
+    return true;
+  }
+  template <int N>
+  static bool by_tensor_cores(const Attention& a) {
+    size_t bytes = sizeof(Bf16) * BLOCK * Fragments<N, 1>::STRIDE;
+    LAUNCH(forward_tensor_cores<N>, blocks_of(a, a.Lq, BLOCK), THREADS, bytes, stream(), a, aligned(a));
+    return true;
+  }
+  template <int N>
+  static bool pipelined(const Attention& a) {
+    if (a.bias && a.bias_strides[2]) return false;
+    constexpr size_t STRIDE = Fragments<N, 1>::STRIDE;
+    unsigned of_keys = blocks_of(a, filled_up(a.Lk), 32), blocks = blocks_of(a, a.Lq, HEIGHT<N, Y> * BLOCK);
+    Bf16* keys = reinterpret_cast<Bf16*>(workspace(of_keys * 32 * STRIDE / 2));
+    LAUNCH(round_heads, of_keys, 256, 0, stream(), a, keys, nullptr, 16 * N, aligned(a));
+    LAUNCH(forward_pipelined<N>, blocks, THREADS, ring_bytes(STRIDE), stream(), a, keys, aligned(a));
+    return true;
+  }
+};
+
+struct Backward {
+  static void naive(const Attention& a) {
+    size_t many = (size_t)a.B * a.heads * a.Lq * a.Lk;
+    float *S = workspace(2 * many), *dS = S + many;
+    if (many) {
+      LAUNCH(scores_naive, threads_of(a, a.Lq, a.Lk), 256, 0, stream(), a, S);
+      LAUNCH(ds_naive, threads_of(a, a.Lq, a.Lk), 256, 0, stream(), a, S, dS);
+      if (a.d) LAUNCH(dq_naive, threads_of(a, a.Lq, a.d), 256, 0, stream(), a, dS);
+    }
+    if (a.d) LAUNCH(dk_naive, threads_of(a, a.Lk, a.d), 256, 0, stream(), a, dS);
+    if (a.dv) LAUNCH(dv_naive, threads_of(a, a.Lk, a.dv), 256, 0, stream(), a, S);
+  }
+  static float* launch_deltas(const Attention& a) {
+    float* delta = workspace((size_t)a.B * a.heads * a.Lq);
+    if (a.Lq) LAUNCH(deltas, blocks_of(a, a.Lq, WARPS), 32 * WARPS, 0, stream(), a, delta);
+    return delta;
+  }
+  static void by_warps(const Attention& a) {
+    float* delta = launch_deltas(a);
+    if (a.Lq) LAUNCH(dq_flash, blocks_of(a, a.Lq, WARPS), 32 * WARPS, Flash::bytes(a), stream(), a, delta);
+    LAUNCH(dk_dv_flash, blocks_of(a, a.Lk, WARPS), 32 * WARPS, Flash::bytes(a), stream(), a, delta);
+  }
+  template <int CHUNKS>
+  static bool by_registers(const Attention& a) {
+    if constexpr (CHUNKS <= 5) {
+      size_t bytes = sizeof(float) * (2 * Tiles<CHUNKS>::ROWS + 2 * Tiles<CHUNKS>::COLS + Tiles<CHUNKS>::P + 2 * BLOCK);
+      if (bytes > shared_limit()) return false;
+      float* delta = launch_deltas(a);
+      unsigned queries = blocks_of(a, a.Lq, BLOCK), keys = blocks_of(a, a.Lk, BLOCK);
+      if (a.Lq) LAUNCH((gradient_registers<CHUNKS, false>), queries, THREADS, bytes, stream(), a, delta, aligned(a));
+      LAUNCH((gradient_registers<CHUNKS, true>), keys, THREADS, bytes, stream(), a, delta, aligned(a));
+      return true;
+    }
+    return false;
+  }
+  template <int N>
+  static bool by_tensor_cores(const Attention& a) {
+    size_t bytes = sizeof(Bf16) * COLUMNS * Fragments<N, 1>::STRIDE + sizeof(float) * 2 * BLOCK;
+    float* delta = launch_deltas(a);
+    unsigned queries = blocks_of(a, a.Lq, BLOCK), keys = blocks_of(a, a.Lk, BLOCK);
+    if (a.Lq) LAUNCH((gradient_tensor_cores<N, false>), queries, THREADS, bytes, stream(), a, delta, aligned(a));
+    LAUNCH((gradient_tensor_cores<N, true>), keys, THREADS, bytes, stream(), a, delta, aligned(a));
+    return true;
+  }
+  template <int N, Of OF>
+  static void gradient(const Attention& a, const Bf16* keys, const Bf16* queries) {
+    unsigned blocks = blocks_of(a, OF == DQ ? a.Lq : a.Lk, HEIGHT<N, OF> * BLOCK);
+    size_t bytes = ring_bytes(Fragments<N, 1>::STRIDE);
+    if (blocks) LAUNCH((gradient_pipelined<N, OF>), blocks, THREADS, bytes, stream(), a, keys, queries, aligned(a));
+  }
+  template <int N>
+  static bool pipelined(const Attention& a) {
+    if (a.bias && a.bias_strides[2]) return false;
+    constexpr size_t STRIDE = Fragments<N, 1>::STRIDE;
+    unsigned of_keys = blocks_of(a, filled_up(a.Lk), 32), of_queries = blocks_of(a, filled_up(a.Lq), 32);
+    Bf16* keys = reinterpret_cast<Bf16*>(workspace((of_keys + of_queries) * 32 * STRIDE / 2));
+    Bf16* queries = keys + of_keys * 32 * STRIDE;
+    LAUNCH(round_heads, of_keys + of_queries, 256, 0, stream(), a, keys, queries, 16 * N, aligned(a));
+    gradient<N, DQ>(a, keys, queries);
+    if constexpr (N < 8) {
+      gradient<N, DK_AND_DV>(a, keys, queries);
+    } else {
+      gradient<N, DK>(a, keys, queries);
+      gradient<N, DV>(a, keys, queries);
+    }
+    return true;
+  }
+};
+
+// Calls launch(width) for the widths that have room for the heads, the narrowest first, until it returns true.
+template <int... WIDTHS, class Launch>
+bool launch_fitting(const Attention& a, Launch launch) {
+  int width = std::max(a.d, a.dv);
+  return ((width && width <= WIDTHS && launch(std::integral_constant<int, WIDTHS>())) || ...);
+}
+
+// By the highest rung, up to the ladder's, that can.
+template <class Direction>
+void run(const Attention& a) {
+  int rung = ladder.rung();
+  auto pipelined = [&](auto width) { return Direction::template pipelined<width / 16>(a); };
+  auto tensor_cores = [&](auto width) { return Direction::template by_tensor_cores<width / 16>(a); };
+  auto registers = [&](auto width) { return Direction::template by_registers<width / 32>(a); };
+  auto warps = [&](auto) { return Direction::by_warps(a), true; };
+  if (rung >= 5 && launch_fitting<16, 32, 48, 64, 80, 96, 128, 160>(a, pipelined)) return;
+  if (rung >= 4 && launch_fitting<32, 64>(a, tensor_cores)) return;
+  if (rung >= 3 && launch_fitting<32, 64, 96, 128, 160, 256>(a, registers)) return;
+  if (rung >= 2 && launch_fitting<WIDEST>(a, warps)) return;
+  Direction::naive(a);
 }
 
 }  // namespace
 
 void attention_forward(const Attention& a) {
-  if ((long)a.B * a.heads * a.Lq == 0) return;
-  int width = std::max(a.d, a.dv), rung = ladder.rung();
-  auto fits = [&](int channels) { return width && width <= channels; };
-  if (rung >= 4) {
-    if (fits(32)) return forward_by_tensor_cores<2>(a);
-    if (fits(48)) return forward_by_tensor_cores<3>(a);
-    if (fits(64)) return forward_by_tensor_cores<4>(a);
-    if (fits(80)) return forward_by_tensor_cores<5>(a);
-    if (fits(96)) return forward_by_tensor_cores<6>(a);
-    if (fits(128)) return forward_by_tensor_cores<8>(a);
-    if (fits(160)) return forward_by_tensor_cores<10>(a);
-  }
-  if (rung >= 3) {
-    if (fits(32) && forward_by_registers<1>(a)) return;
-    if (fits(64) && forward_by_registers<2>(a)) return;
-    if (fits(96) && forward_by_registers<3>(a)) return;
-    if (fits(128) && forward_by_registers<4>(a)) return;
-    if (fits(160) && forward_by_registers<5>(a)) return;
-    if (fits(256) && forward_by_registers<8>(a)) return;
-  }
-  rung >= 2 && fits(WIDEST) ? forward_by_warps(a) : forward_naive(a);
+  if ((long)a.B * a.heads * a.Lq > 0) run<Forward>(a);
 }
-
 void attention_backward(const Attention& a) {
-  if ((long)a.B * a.heads == 0) return;
-  int width = std::max(a.d, a.dv), rung = ladder.rung();
-  auto fits = [&](int channels) { return width && width <= channels; };
-  if (rung >= 4) {
-    if (fits(32)) return backward_by_tensor_cores<2>(a);
-    if (fits(48)) return backward_by_tensor_cores<3>(a);
-    if (fits(64)) return backward_by_tensor_cores<4>(a);
-    if (fits(80)) return backward_by_tensor_cores<5>(a);
-    if (fits(96)) return backward_by_tensor_cores<6>(a);
-    if (fits(128)) return backward_by_tensor_cores<8>(a);
-    if (fits(160)) return backward_by_tensor_cores<10>(a);
-  }
-  if (rung >= 3) {
-    if (fits(32) && backward_by_registers<1>(a)) return;
-    if (fits(64) && backward_by_registers<2>(a)) return;
-    if (fits(96) && backward_by_registers<3>(a)) return;
-    if (fits(128) && backward_by_registers<4>(a)) return;
-    if (fits(160) && backward_by_registers<5>(a)) return;
-  }
-  rung >= 2 && fits(WIDEST) ? backward_by_warps(a) : backward_naive(a);
+  if ((long)a.B * a.heads > 0) run<Backward>(a);
 }
 
 }  // namespace minidiff::cuda
