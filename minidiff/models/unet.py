@@ -95,32 +95,38 @@ class TimeEmbedding(Module):
 
 
 class ResBlock(Module):
-    """GroupNorm, SiLU, conv, + timestep, GroupNorm, SiLU, conv, + input. Starts as the identity."""
+    """GroupNorm, SiLU, conv, + timestep, GroupNorm, SiLU, conv, + input. Starts as the identity.
 
-    def __init__(self, c_in: int, c_out: int, config: UNetConfig):
-        groups, eps = config.norm_groups, config.norm_eps
-        self.scale_shift = config.time_scale_shift
+    time_width: of the timestep's vector; None for a block without one. scale_shift: the timestep scales and shifts the
+    second norm, instead of being added.
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, groups: int, eps: float, time_width: int | None = None, scale_shift: bool = False
+    ):
+        self.scale_shift = scale_shift
         self.norm1 = GroupNorm(c_in, groups, eps, silu=True)
         self.conv1 = Conv2d(c_in, c_out)
-        self.time_emb_proj = Linear(4 * config.channels[0], 2 * c_out if self.scale_shift else c_out)
+        self.time_emb_proj = None if time_width is None else Linear(time_width, 2 * c_out if scale_shift else c_out)
         self.norm2 = GroupNorm(c_out, groups, eps, silu=True)
         self.conv2 = Conv2d(c_out, c_out, zero=True)
         self.conv_shortcut = Conv2d(c_in, c_out, kernel=1, padding=0) if c_in != c_out else None
 
-    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         """x (B, H, W, C_in), emb = silu(timestep vector) (B or 1, D) -> (B, H, W, C_out).
 
         skip: the last of the C_in channels, beside x's.
         """
-        time = self.time_emb_proj(emb)
-        if len(emb.data) > 1:
-            time = _once_a_condition(time, x)
-        h = self.norm1(x, beside=skip)
-        if self.scale_shift:
-            C = time.shape[-1] // 2
-            h = self.norm2(self.conv1(h), scale=time[:, :C], shift=time[:, C:])
-        else:
-            h = self.norm2(self.conv1(h, shift=time))
+        time = scale = shift = None
+        if self.time_emb_proj is not None:
+            time = self.time_emb_proj(emb)
+            if len(time.data) > 1:
+                time = _once_a_condition(time, x)
+            if self.scale_shift:
+                C = time.shape[-1] // 2
+                scale, shift, time = time[:, :C], time[:, C:], None
+        h = self.conv1(self.norm1(x, beside=skip), shift=time)
+        h = self.norm2(h, scale=scale, shift=shift)
         return self.conv2(h, residual=x if self.conv_shortcut is None else self.conv_shortcut(x, beside=skip))
 
 
@@ -162,11 +168,11 @@ class Attention(Module):
 
 
 class SelfAttentionBlock(Attention):
-    """GroupNorm, self-attention over all positions, + input (the attention of UNet2DModel)."""
+    """GroupNorm, self-attention over all positions, + input (the attention of UNet2DModel and AutoencoderKL)."""
 
-    def __init__(self, c: int, heads: int, config: UNetConfig):
+    def __init__(self, c: int, heads: int, groups: int, eps: float):
         super().__init__(c, heads, bias=True)
-        self.group_norm = GroupNorm(c, config.norm_groups, config.norm_eps)
+        self.group_norm = GroupNorm(c, groups, eps)
 
     def forward(
         self, x: Tensor, tokens: Tensor | None = None, mask: Array | None = None, residual: Tensor | None = None
@@ -244,10 +250,14 @@ def _once_a_condition(x: Tensor, wanted: Tensor) -> Tensor:
     return x if k <= 1 else ops.concat([x] * k, axis=0)
 
 
+def _res_block(c_in: int, c_out: int, config: UNetConfig) -> ResBlock:
+    return ResBlock(c_in, c_out, config.norm_groups, config.norm_eps, 4 * config.channels[0], config.time_scale_shift)
+
+
 def _attention_block(kind: str, level: int, config: UNetConfig) -> Module | None:
     c, heads = config.channels[level], config.heads[level]
     if kind == "self":
-        return SelfAttentionBlock(c, heads, config)
+        return SelfAttentionBlock(c, heads, config.norm_groups, config.norm_eps)
     if kind == "cross":
         return CrossAttentionBlock(c, heads, config.transformer_layers[level], config)
     return None
@@ -280,7 +290,7 @@ class DownBlock(Module):
 
     def __init__(self, level: int, config: UNetConfig):
         c_in, c = config.channels[max(level - 1, 0)], config.channels[level]
-        self.resnets = [ResBlock(c_in if i == 0 else c, c, config) for i in range(config.blocks)]
+        self.resnets = [_res_block(c_in if i == 0 else c, c, config) for i in range(config.blocks)]
         self.attentions = [_attention_block(config.attention[level], level, config) for _ in range(config.blocks)]
         last = level == len(config.channels) - 1
         self.downsamplers = [] if last else [Downsample(c, config.downsample_padding)]
@@ -304,7 +314,7 @@ class MidBlock(Module):
 
     def __init__(self, config: UNetConfig):
         c = config.channels[-1]
-        self.resnets = [ResBlock(c, c, config), ResBlock(c, c, config)]
+        self.resnets = [_res_block(c, c, config), _res_block(c, c, config)]
         self.attentions = [_attention_block(config.mid_attention, len(config.channels) - 1, config)]
 
     def forward(self, x: Tensor, emb: Tensor, tokens: Tensor | None, mask: Array | None, run: Any) -> Tensor:
@@ -324,7 +334,7 @@ class UpBlock(Module):
         above = config.channels[max(level - 1, 0)]
         n = config.blocks + 1
         widths = [(below if i == 0 else c) + (above if i == n - 1 else c) for i in range(n)]
-        self.resnets = [ResBlock(width, c, config) for width in widths]
+        self.resnets = [_res_block(width, c, config) for width in widths]
         self.attentions = [_attention_block(config.attention[level], level, config) for _ in range(n)]
         self.upsamplers = [Upsample(c)] if level > 0 else []
 
