@@ -29,42 +29,43 @@ __device__ inline float normal_cdf(float x) {
   return x < 0 ? half_erfc : 1 - half_erfc;
 }
 
-// phi(x), and its derivative.
-template <int KIND>
-__device__ inline void gate(float x, float& phi, float& slope) {
-  if constexpr (KIND == GELU_EXACT) {
-    phi = normal_cdf(x);
-    slope = 0.39894228f * expf(-0.5f * x * x);
-  } else if constexpr (KIND == GELU_TANH) {  // (1 + tanh u) / 2 = sigmoid(2 u)
-    phi = sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
-    slope = phi * (1 - phi) * 1.59576912f * (1 + 0.134145f * x * x);
-  } else {
-    constexpr float k = KIND == GELU_QUICK ? 1.702f : 1.0f;
-    phi = sigmoid(k * x);
-    slope = k * phi * (1 - phi);
+// x phi(x): phi is the normal distribution function, or a sigmoid of steepness (x + bend x^3); tanh u = 2 sigmoid(2 u) - 1.
+struct Gate {
+  bool normal;
+  float steepness, bend;
+  __host__ __device__ constexpr explicit Gate(int kind)
+      : normal(kind == GELU_EXACT || kind == GEGLU),
+        steepness(kind == GELU_TANH ? 1.59576912f : kind == GELU_QUICK ? 1.702f : 1.0f),
+        bend(kind == GELU_TANH ? 0.044715f : 0.0f) {}
+  __device__ float phi(float x) const {
+    if (normal) return normal_cdf(x);
+    return sigmoid(steepness * (bend != 0 ? x + bend * x * x * x : x));
   }
-}
+  __device__ float slope(float x, float phi) const {  // of phi
+    if (normal) return 0.39894228f * expf(-0.5f * x * x);
+    float slope = phi * (1 - phi) * steepness;
+    return bend != 0 ? slope * (1 + 3 * bend * x * x) : slope;
+  }
+};
 
 template <int KIND>
 __device__ inline float activated(float x) {
-  float phi, slope;
-  gate<KIND>(x, phi, slope);
-  return x * phi;
+  return x * Gate(KIND).phi(x);
 }
 template <int KIND>
 __device__ inline float derivative(float x) {
-  float phi, slope;
-  gate<KIND>(x, phi, slope);
-  return phi + x * slope;
+  constexpr Gate gate(KIND);
+  float phi = gate.phi(x);
+  return phi + x * gate.slope(x, phi);
 }
 
 // a gelu(g), and from its gradient d those of a and g.
 __device__ inline float geglu(float a, float g) { return a * activated<GELU_EXACT>(g); }
 __device__ inline void geglu_gradient(float d, float a, float g, float& da, float& dg) {
-  float phi, slope;
-  gate<GELU_EXACT>(g, phi, slope);
+  constexpr Gate gate(GELU_EXACT);
+  float phi = gate.phi(g);
   da = d * g * phi;
-  dg = d * a * (phi + g * slope);
+  dg = d * a * (phi + g * gate.slope(g, phi));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What a matrix product on a GPU is made of: where tiles lie, how they come into shared memory, how threads or tensor
-// cores multiply them, and what is done with the sums before they are stored.
+// What the matrix products of linear layers are made of, besides tiles.h: where tiles lie in memory, how they come into
+// shared memory, how threads multiply them, and what is done with the sums before they are stored.
 //
 //   C (M, N) = A (M, K) @ B (K, N)
 //
@@ -17,7 +17,8 @@
 #pragma once
 
 #include "../kernels.h"
-#include "ptx.h"
+#include "activations.cuh"
+#include "tiles.h"
 
 namespace minidiff::cuda {
 
@@ -47,48 +48,6 @@ struct Product {
   long part;    // K is split into parts of this length, below 2^31; the sums of part blockIdx.y go to their own y (M, N)
   Epilogue out;
 };
-
-inline __host__ __device__ long tiles_of(long n, long tile) { return (n + tile - 1) / tile; }
-
-// x phi(x): phi is the normal distribution function, or a sigmoid of steepness * (x + bend x^3).
-struct Gate {
-  bool normal;
-  float steepness, bend;
-  __device__ explicit Gate(int activation)
-      : normal(activation == GELU_EXACT || activation == GEGLU),
-        steepness(activation == GELU_TANH ? 1.59576912f : activation == GELU_QUICK ? 1.702f : 1.0f),
-        bend(activation == GELU_TANH ? 0.044715f : 0.0f) {}
-  __device__ __forceinline__ float phi(float x) const {
-    if (normal) return normcdff(x);
-    return __fdividef(1.0f, 1.0f + expf(-steepness * (x + bend * x * x * x)));
-  }
-  __device__ __forceinline__ float slope(float x, float phi) const {  // of phi
-    if (normal) return 0.39894228f * expf(-0.5f * x * x);
-    return phi * (1.0f - phi) * steepness * (1.0f + 3.0f * bend * x * x);
-  }
-};
-
-// V floats beside each other, the first `count` of which are there; all at once if `vector` says that this can be done.
-template <int V>
-__device__ __forceinline__ void load_row(float (&to)[V], const float* from, bool vector, int count) {
-  if (V == 4 && vector) {
-    float4 v = *reinterpret_cast<const float4*>(from);
-    to[0] = v.x, to[1 % V] = v.y, to[2 % V] = v.z, to[3 % V] = v.w;
-  } else {
-#pragma unroll
-    for (int c = 0; c < V; c++) to[c] = c < count ? from[c] : 0;
-  }
-}
-template <int V>
-__device__ __forceinline__ void store_row(float* to, const float (&from)[V], bool vector, int count) {
-  if (V == 4 && vector) {
-    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1 % V], from[2 % V], from[3 % V]);
-  } else {
-#pragma unroll
-    for (int c = 0; c < V; c++)
-      if (c < count) to[c] = from[c];
-  }
-}
 
 // From the sums of a row i and the columns j..j + V - 1; with GEGLU also those of their gates.
 template <int V>
@@ -142,12 +101,6 @@ struct Lines {
   }
 };
 
-// resident: blocks that a multiprocessor shall hold at once, which bounds a thread's registers.
-template <int ROWS, int COLUMNS, int DEPTH, int THREADS, int RESIDENT>
-struct Tile {
-  static constexpr int rows = ROWS, columns = COLUMNS, depth = DEPTH, threads = THREADS, resident = RESIDENT;
-};
-
 // Which tile this block computes. Eight tiles of rows make a band, and blocks that run at the same time go down a band's
 // columns of tiles one after the other: their operands are then still in the second-level cache.
 template <class T>
@@ -188,11 +141,6 @@ dim3 grid_of(const Product<P>& p, int parts) {
   int width = p.out.activation == GEGLU ? T::columns / 2 : T::columns;
   return dim3(unsigned(tiles_of(p.out.columns, width) * tiles_of(p.M, T::rows)), parts);
 }
-
-constexpr int PAD = 4;  // floats behind each k of a tile: 8 ks by 4 lines, and 8 float4s of a k, are then in different banks
-
-template <int EXTENT, int DEPTH>
-using SharedTile = float[DEPTH][EXTENT + PAD];
 
 // A thread's share of a tile: COUNT groups of V floats that are neighbours in memory, and the place of the first. Along k
 // the threads take 8 ks, a sector of 32 bytes, of as many lines as they can; across k V lines each, and then the next ks.
@@ -279,8 +227,6 @@ struct Copied {
   }
 };
 
-constexpr int STAGE_PAD = 8;  // floats behind each row: 4 rows by 4 float2s, and 8 float4s of a row, are in different banks
-
 // Shared memory of a block that walks along K with BUFFERS tiles; at the end slabs of the sums take their place.
 template <class T, int BUFFERS>
 union Shared {
@@ -291,32 +237,39 @@ union Shared {
   float staged[T::rows / 4][T::columns + STAGE_PAD];
 };
 
-// All sums of a tile, through shared memory, a slab of rows at a time: a thread's sums are scattered over the tile, but
-// whoever finishes them wants 4 beside each other, their neighbours in the next lanes, and their gates. Sums: Outputs or
-// Fragments.
+// What finish_rows wants of a product.
+template <class T, class P>
+struct Finish {
+  const Product<P>& p;
+  const Place<T>& place;
+  Epilogue out;
+  const float* residual;
+
+  __device__ Finish(const Product<P>& p, const Place<T>& place) : p(p), place(place), out(p.out), residual(out.residual) {
+    out.y += blockIdx.y * p.M * p.N;
+    if (adds()) out.residual = nullptr;
+  }
+  // The 128 registers of a thread among 512 on a multiprocessor have no room for what would be asked for.
+  __device__ __forceinline__ bool adds() const { return T::threads < 256 && residual; }
+  __device__ __forceinline__ void load(float (&to)[4], int row, int column) const {
+    long i = place.row() + row, j = place.column(p) + column, left = i < p.M ? out.columns - j : 0;
+    load_row(to, residual + i * out.N + j, out.vector && left > 0, left < 4 ? int(left) : 4);
+  }
+  __device__ __forceinline__ void operator()(int row, int column, const float* sums) const {
+    bool geglu = out.activation == GEGLU;
+    if (place.row() + row >= p.M || (geglu && column >= T::columns / 2)) return;
+    float s[4], gates[4];
+    load_row(s, sums + column, true, 4);
+    load_row(gates, sums + (geglu ? T::columns / 2 + column : column), true, 4);
+    finish<4>(out, place.row() + row, place.column(p) + column, s, gates);
+  }
+};
+
+// All sums of a tile. Sums: Outputs or Fragments.
 template <class T, class Sums, class P>
 __device__ __forceinline__ void finish_tile(const Sums& sums, float (*staged)[T::columns + STAGE_PAD], const Product<P>& p,
                                             const Place<T>& place) {
-  constexpr int LANES = T::columns / 4, STEP = T::threads / LANES;
-  Epilogue out = p.out;
-  out.y += blockIdx.y * p.M * p.N;
-  bool geglu = out.activation == GEGLU;
-  int column = int(threadIdx.x) % LANES * 4;
-#pragma unroll 1
-  for (int slab = 0; slab < Sums::SLABS; slab++) {
-    __syncthreads();
-    sums.stage(slab, staged);
-    __syncthreads();
-    if (geglu && column >= T::columns / 2) continue;
-#pragma unroll 1
-    for (int r = int(threadIdx.x) / LANES; r < Sums::SLAB_ROWS; r += STEP) {
-      long row = place.row() + Sums::row_of(slab, r);
-      float s[4], gates[4];
-      load_row(s, &staged[r][column], true, 4);
-      load_row(gates, &staged[r][geglu ? T::columns / 2 + column : column], true, 4);
-      if (row < p.M) finish<4>(out, row, place.column(p) + column, s, gates);
-    }
-  }
+  finish_rows<T>(sums, staged, Finish<T, P>(p, place));
 }
 
 // A thread's 8 x 8 outputs: 4 rows in each half of the tile, times 4 columns in each half.
@@ -367,21 +320,12 @@ struct Outputs {
   }
 };
 
-// Tiles of bf16 for the tensor cores, as they are stored: a row is a line's ks, or across k a k's lines. Rows are in chunks
-// of 8 numbers, 16 bytes, which change places from row to row, so that the 8 rows of a matrix that ldmatrix reads are in
-// different banks, and the padding costs nothing:
-//
-//   rows of 4 chunks   0 1 2 3 | 0 1 2 3       rows of 8 and more   0 1 2 3 4 5 6 7
-//                      1 0 3 2 | 1 0 3 2                            1 0 3 2 5 4 7 6
-//                      2 3 0 1 | 2 3 0 1                            2 3 0 1 6 7 4 5   ...
+// Tiles of bf16, copied from an operand.
 template <int EXTENT, int DEPTH, bool ALONG_K>
-struct Swizzled {
-  static constexpr int ROWS = ALONG_K ? EXTENT : DEPTH, CHUNKS = (ALONG_K ? DEPTH : EXTENT) / 8, SIZE = EXTENT * DEPTH;
-  static_assert(CHUNKS == 4 || CHUNKS % 8 == 0, "the swizzle is made for these");
+struct Swizzled : SwizzledTile<EXTENT, DEPTH, ALONG_K> {
+  using SwizzledTile<EXTENT, DEPTH, ALONG_K>::ROWS, SwizzledTile<EXTENT, DEPTH, ALONG_K>::CHUNKS;
+  using SwizzledTile<EXTENT, DEPTH, ALONG_K>::place;
 
-  static __device__ __forceinline__ int place(int row, int chunk) {
-    return (row * CHUNKS + (chunk ^ (CHUNKS == 4 ? row / 2 % 4 : row % 8))) * 8;
-  }
   template <int THREADS>
   static __device__ __forceinline__ void copy(__nv_bfloat16* to, const Operand<__nv_bfloat16>& o, const Lines& lines,
                                               long k0, int ks) {
@@ -395,93 +339,6 @@ struct Swizzled {
       bool inside = lines_left > 0 && k < ks;
       const __nv_bfloat16* from = o.data + (ALONG_K ? number * o.stride + k0 + k : (k0 + k) * o.stride + number);
       cp_async<16>(to + place(row, chunk), inside ? from : o.data, inside ? left < 8 ? int(left) * 2 : 16 : 0);
-    }
-  }
-  // Four 8 x 8 matrices from 16 lines and 16 ks, as the halves of mma's a: lines 0-7 and 8-15 of ks 0-7, then of 8-15.
-  static __device__ __forceinline__ void lines_first(unsigned (&r)[4], const __nv_bfloat16* tile, int line, int k) {
-    int lane = int(threadIdx.x) % 32;
-    if (ALONG_K)
-      ldmatrix(r, tile + place(line + lane % 16, k / 8 + lane / 16));
-    else
-      ldmatrix_trans(r, tile + place(k + lane / 16 * 8 + lane % 8, line / 8 + lane / 8 % 2));
-  }
-  // And as two of mma's b: ks 0-7 and 8-15 of lines 0-7, then of 8-15.
-  static __device__ __forceinline__ void ks_first(unsigned (&r)[4], const __nv_bfloat16* tile, int line, int k) {
-    int lane = int(threadIdx.x) % 32;
-    if (ALONG_K)
-      ldmatrix(r, tile + place(line + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2));
-    else
-      ldmatrix_trans(r, tile + place(k + lane % 16, line / 8 + lane / 16));
-  }
-};
-
-// The outputs of a warp of tensor cores: ROWS rows, and COLUMNS / 2 columns in each half of the tile, in mma's fragments of
-// 16 x 8. The first half of a row of fragments is in the tile's lower half.
-template <class T, int ROWS, int COLUMNS>
-struct Fragments {
-  static constexpr int DOWN = ROWS / 16, ACROSS = COLUMNS / 8;
-  static_assert(T::rows * T::columns == ROWS * COLUMNS * (T::threads / 32), "the warps cover the tile");
-  float sums[DOWN][ACROSS][4] = {};
-
-  static __device__ __forceinline__ int row(int i) {
-    return int(threadIdx.x) / 32 / (T::columns / COLUMNS) * ROWS + 16 * i;
-  }
-  static __device__ __forceinline__ int column(int j) {
-    int warp = int(threadIdx.x) / 32 % (T::columns / COLUMNS);
-    return j / (ACROSS / 2) * (T::columns / 2) + warp * (COLUMNS / 2) + j % (ACROSS / 2) * 8;
-  }
-  template <class A, class B>
-  __device__ __forceinline__ void add(const __nv_bfloat16* a, const __nv_bfloat16* b) {
-#pragma unroll
-    for (int k = 0; k < T::depth; k += 16) {
-      unsigned as[DOWN][4], bs[ACROSS / 2][4];
-#pragma unroll
-      for (int i = 0; i < DOWN; i++) A::lines_first(as[i], a, row(i), k);
-#pragma unroll
-      for (int j = 0; j < ACROSS / 2; j++) B::ks_first(bs[j], b, column(2 * j), k);
-#pragma unroll
-      for (int i = 0; i < DOWN; i++)
-#pragma unroll
-        for (int j = 0; j < ACROSS; j++) {
-          unsigned one[2] = {bs[j / 2][j % 2 * 2], bs[j / 2][j % 2 * 2 + 1]};
-          mma_m16n8k16_bf16(sums[i][j], as[i], one, sums[i][j]);
-        }
-    }
-  }
-  // The same from tiles of float32, rounded to tf32. Fragment columns t and t + 4 are ks 2t and 2t + 1, for a and b alike:
-  // the sum does not mind, and the 8 lines by 4 ks that a warp loads at once are in different banks.
-  __device__ __forceinline__ void add(const SharedTile<T::rows, T::depth>& a, const SharedTile<T::columns, T::depth>& b) {
-    int g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
-#pragma unroll
-    for (int k = 0; k < T::depth; k += 8) {
-      unsigned as[DOWN][4];
-#pragma unroll
-      for (int i = 0; i < DOWN; i++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) as[i][e] = round_to_tf32(a[k + 2 * t + e / 2][row(i) + g + e % 2 * 8]);
-#pragma unroll
-      for (int j = 0; j < ACROSS; j++) {
-        int line = column(j) + g;
-        unsigned bs[2] = {round_to_tf32(b[k + 2 * t][line]), round_to_tf32(b[k + 2 * t + 1][line])};
-#pragma unroll
-        for (int i = 0; i < DOWN; i++) mma_m16n8k8_tf32(sums[i][j], as[i], bs, sums[i][j]);
-      }
-    }
-  }
-
-  static constexpr int SLABS = DOWN, SLAB_ROWS = T::rows / SLABS;
-  static __device__ __forceinline__ int row_of(int slab, int r) { return r / 16 * ROWS + slab * 16 + r % 16; }
-  __device__ __forceinline__ void stage(int slab, float (*to)[T::columns + STAGE_PAD]) const {
-    int lane = int(threadIdx.x) % 32, r = row(0) / ROWS * 16 + lane / 4;
-#pragma unroll
-    for (int i = 0; i < DOWN; i++) {
-      if (i != slab) continue;
-#pragma unroll
-      for (int j = 0; j < ACROSS; j++)
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-          *reinterpret_cast<float2*>(&to[r + 8 * half][column(j) + lane % 4 * 2]) =
-              make_float2(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
     }
   }
 };

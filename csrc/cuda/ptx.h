@@ -112,6 +112,21 @@ MINIDIFF_PTX void cp_async(void* shared, const void* global, int source_bytes = 
     static_cast<char*>(shared)[i] = i < source_bytes ? static_cast<const char*>(global)[i] : char(0);
 #endif
 }
+// All of them, or zeros; cheaper than a number of bytes that the compiler does not know.
+template <int BYTES>
+MINIDIFF_PTX void cp_async_if(void* shared, const void* global, bool there) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+#if __CUDA_ARCH__ >= 800
+  if constexpr (BYTES == 16)
+    asm volatile("{.reg .pred ignore; setp.eq.u32 ignore, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, ignore;}"
+                 :: "r"(shared_address(shared)), "l"(global), "r"(unsigned(there)) : "memory");
+  else
+    asm volatile("{.reg .pred ignore; setp.eq.u32 ignore, %3, 0; cp.async.ca.shared.global [%0], [%1], %2, ignore;}"
+                 :: "r"(shared_address(shared)), "l"(global), "n"(BYTES), "r"(unsigned(there)) : "memory");
+#else
+  cp_async<BYTES>(shared, global, there ? BYTES : 0);
+#endif
+}
 MINIDIFF_PTX void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -217,6 +232,10 @@ template <int BYTES>
 inline void cp_async(void* shared, const void* global, int source_bytes = BYTES, MINIDIFF_WHERE) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
   emulator::copy_async(shared, global, BYTES, source_bytes, MINIDIFF_SITE("cp.async"));
+}
+template <int BYTES>
+inline void cp_async_if(void* shared, const void* global, bool there, MINIDIFF_WHERE) {
+  cp_async<BYTES>(shared, global, there ? BYTES : 0, file, line);
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int GROUPS_LEFT>
