@@ -541,8 +541,8 @@ table(
 # %% [markdown]
 # Before training the last layer is all zeros, so the network predicts grey. Then the background comes, then spots, then
 # their colours and sizes; the shape, which is a matter of edges, comes last and is often still wrong after so short a
-# run. (“All right” needs it.) The same code with a somewhat larger network, on two objects and for several minutes made
-# the model in the box.
+# run. (“All right” needs it.) The same code with a larger network, on two objects and for some hours made the model in
+# the box.
 #
 # ## AdamW
 #
@@ -555,6 +555,8 @@ table(
 #   moves at a speed of its own, about the learning rate, whatever the size of its gradient;
 # - both begin at 0 and are too small at first, which dividing by $1 - \beta^{\text{step}}$ repairs;
 # - the weight decay pulls every weight a little towards 0.
+#
+# What differs from step to step, such as the learning rate and those two repairs, is gathered in one small array:
 
 # %%
 source(optim.step_numbers, optim.adamw_update)

@@ -466,11 +466,11 @@ figure(
 )
 
 # %% [markdown]
-# The first steps establish the composition: where things are, and of what colour. Then comes the structure: what shape
-# each has. Long after both are decided, the last steps still work on the detail: sharp edges, an even background. It is
-# the film of notebook 1 backwards, for the same reason: at much noise only the long waves can be seen at all. In a
-# model of photographs the same order would mean: first sky above and ground below, then buildings and trees, at last
-# texture and light.
+# The first steps establish the composition: where things are, and of what colour. Close behind comes the structure:
+# what shape each has. Long after both are decided, the last steps still work on the detail: sharp edges, an even
+# background. It is the film of notebook 1 backwards, for the same reason: at much noise only the long waves can be seen
+# at all. In a model of photographs the same order would mean: first sky above and ground below, then buildings and
+# trees, at last texture and light.
 #
 # ## DDIM: without fresh noise
 #
@@ -540,11 +540,11 @@ figure(
 
 # %% [markdown]
 # With 64 pictures the standard error of a share is up to $\sqrt{0.25/64} \approx 6$ percentage points, so look at the
-# large differences only. In few steps the small and the large deviation and DDIM are hard to tell apart. With more
-# steps DDPM goes on gaining and DDIM does not; at 100 steps the difference is more than twice its standard error. A
-# common explanation ([Karras et al. 2022](https://arxiv.org/abs/2206.00364)): fresh noise covers up what earlier steps
-# got wrong, so that later steps can correct it. DDIM keeps to what its start suggests. All this is without guidance;
-# notebook 8 turns it on.
+# large differences only. In three steps DDIM does best and the large deviation worst: fresh noise needs later steps
+# that take it away again. From ten steps on all are close, with DDPM a little ahead at every number of steps; each of
+# these differences alone is less than twice its standard error. A common explanation ([Karras et al.
+# 2022](https://arxiv.org/abs/2206.00364)): fresh noise covers up what earlier steps got wrong, so that later steps can
+# correct it. DDIM keeps to what its start suggests. All this is without guidance; notebook 8 turns it on.
 #
 # ### Same start, same picture?
 

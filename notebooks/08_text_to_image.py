@@ -317,7 +317,7 @@ figure(
 # That is the trade: **more guidance, more of the caption, less of everything that the caption leaves open.**
 # Colours and relation stay right up to 15, but the pictures come to resemble each other, and their edges and
 # colours suffer: the exaggerated noise prediction asks for images outside of what the network has seen. Large
-# models are typically run at 7 to 15; this one is at its best near 2.5.
+# models are typically run at 7 to 15; this one is at its best from 2.5 to 5.
 #
 # ## Exercises
 #
