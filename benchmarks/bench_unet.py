@@ -149,7 +149,9 @@ def torchs(name: str, folder: Path, way: str) -> dict[str, Callable[[int], Any]]
     import torch
 
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from test_models_diffusers import our_state, unet_config
+    from helpers import in_our_layout, plain
+
+    from minidiff.pretrained.configs import unet_config
 
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
@@ -200,8 +202,9 @@ def torchs(name: str, folder: Path, way: str) -> dict[str, Callable[[int], Any]]
         return torch.cat(sin_cos[::-1] if model.time_proj.flip_sin_to_cos else sin_cos, dim=-1)
 
     def weights(batch: int) -> None:
-        np.savez(folder / "weights.npz", **our_state({k: v.numpy() for k, v in model.state_dict().items()}))
-        (folder / "config.json").write_text(json.dumps(vars(unet_config(model.config))))
+        np.savez(folder / "weights.npz", **in_our_layout(model.state_dict()))
+        config = unet_config({**plain(model.config), "_class_name": NETWORKS[name]["model"]})
+        (folder / "config.json").write_text(json.dumps(vars(config)))
 
     def check(batch: int) -> None:
         weights(batch)
@@ -211,8 +214,8 @@ def torchs(name: str, folder: Path, way: str) -> dict[str, Callable[[int], Any]]
                 model.time_proj.forward = exact_time
             run = {"step": backward, "sampling": sampling}.get(passes(name)[-1], forward)
             y = run(batch, dtype).detach().permute(0, 2, 3, 1).numpy()
-            grads = {k: p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None}
-            np.savez(folder / f"{precision}.npz", output=y, **our_state(grads))
+            grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+            np.savez(folder / f"{precision}.npz", output=y, **in_our_layout(grads))
             model.zero_grad()
 
     return {"weights": weights, "check": check, "forward": forward, "step": step, "sampling": sampling}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
-from dataclasses import MISSING, fields
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from minidiff import __version__
-from minidiff.errors import UserError
+from minidiff.errors import UserError, UserNotice
 
 DEMO_RUN = "runs/demo"
 
@@ -23,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
         args, unknown = _parser().parse_known_args(arguments)
         if unknown:
             raise UserError(_unknown_flag(unknown[0], args.parser))
-        return args.command(args)
+        with _notices_said():
+            return args.command(args)
     except UserError as e:
         print(f"minidiff: {e}", file=sys.stderr)
         return 1
@@ -36,6 +39,23 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as e:
         print(f"minidiff: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def _notices_said() -> Iterator[None]:
+    """Print notices to the user as one sentence each, without the line of code that they come from."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserNotice)
+        others = warnings.showwarning
+
+        def say(message: Any, category: Any, *where: Any, **rest: Any) -> None:
+            if issubclass(category, UserNotice):
+                print(f"minidiff: {message}", file=sys.stderr)
+            else:
+                others(message, category, *where, **rest)
+
+        warnings.showwarning = say  # type: ignore[assignment]
+        yield
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser(
         "sample",
-        usage="minidiff sample PROMPT [PROMPT ...] [--run FOLDER] [--count N] [--seed N] [--out PATH] "
-        "[--sample.SETTING VALUE ...]",
+        usage="minidiff sample PROMPT [PROMPT ...] [--run FOLDER | --pretrained FOLDER] [--count N] [--seed N] "
+        "[--out PATH] [--sample.SETTING VALUE ...]",
         allow_abbrev=False,
         help="draw pictures of captions",
         description="Draw one picture or several of each caption with a trained model. The prompt, the seed and all "
@@ -102,6 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--run", metavar="FOLDER", help=f"the run whose model draws (default: {DEMO_RUN}, else the model in the box)"
     )
+    p.add_argument(
+        "--pretrained", metavar="FOLDER",
+        help="draw with a model in diffusers' layout instead, such as Stable Diffusion 1 or 2; by its own sampler, "
+        "in 20 steps with guidance 7.5, unless settings say otherwise",
+    )  # fmt: skip
+    p.add_argument("--negative", metavar="PROMPT", help="--pretrained: what the pictures shall not show")
+    p.add_argument("--size", metavar="HxW", help="--pretrained: pixels, 512 or 512x768 (default: as it was trained)")
     p.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged or raw weights (default: ema)")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default: cpu)")
     p.add_argument("--count", type=int, default=1, metavar="N", help="pictures of each caption (default: 1)")
@@ -165,12 +192,13 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser(
         "export",
-        help="write a run's averaged weights as one small file",
-        description="Write the averaged weights of a run as float16, without what only training needs. "
-        "minidiff sample --run FILE draws with them.",
+        help="write a run's averaged weights as one small file, or as diffusers has them",
+        description="Write the averaged weights of a run as float16, without what only training needs: minidiff sample "
+        "--run FILE draws with them. Or write a folder in the layout of diffusers, float32, whose parts diffusers and "
+        "transformers load.",
     )
     p.add_argument("run", nargs="?", default=DEMO_RUN, metavar="FOLDER", help="the run (default: %(default)s)")
-    p.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
+    p.add_argument("--out", required=True, metavar="PATH", help="a .safetensors file, or a new folder")
     _add_settings(p, {"sample": SECTIONS["sample"]}, "unless the run says otherwise")
     p.set_defaults(command=_export)
 
@@ -269,6 +297,10 @@ def _sample(args: argparse.Namespace) -> int:
 
     if args.count < 1 or not 0 <= args.seed < 2**64:
         raise UserError("--count must be at least 1 and --seed in 0..2^64 - 1")
+    if args.pretrained:
+        return _sample_pretrained(args)
+    if args.negative or args.size:
+        raise UserError("--negative and --size are for --pretrained models")
     model, config = load_model(args.run, _weights(args), args.device)
     settings = _sample_settings(config, args)
     for prompt in args.prompts:
@@ -285,6 +317,49 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
+def _sample_pretrained(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from minidiff.config import Config, SampleConfig, with_overrides
+    from minidiff.pretrained import load_pipeline, read_scheduler
+    from minidiff.sample import guidance, save_picture, save_pictures
+
+    if args.run:
+        raise UserError("--run and --pretrained both name a model; give one")
+    given = _overrides(args)
+    foreign = sorted(given.keys() & {"sample.clip", "sample.sigma"})
+    if foreign:
+        raise UserError(f"--{foreign[0]}: a pretrained model's own scheduler_config.json decides it")
+    defaults = Config(sample=SampleConfig(steps=20, guidance=7.5))
+    settings = with_overrides(defaults, given, "the command line").sample
+    size, captions = _size(args.size), [prompt for prompt in args.prompts for _ in range(args.count)]
+    out = _free_path(args.out, ".png" if len(captions) == 1 else "")
+    pipe = load_pipeline(args.pretrained, args.device)
+    sampling = read_scheduler(pipe.scheduler, settings.sampler if "sample.sampler" in given else None)
+    settings = replace(settings, sampler=sampling.sampler)
+    w = guidance(settings, sampling.schedule.T)
+    sampler = settings.sampler if "sample.sampler" in given else None
+    negative, eta = args.negative or "", settings.eta
+    drawn = pipe(captions, settings.steps, w, negative, args.seed, sampler, size, eta=eta, output="array")
+    images = np.asarray(drawn)
+    about = {"seed": args.seed, "model": args.pretrained, "negative": args.negative or ""}
+    if len(captions) == 1 and out.suffix:
+        save_picture(images[0], out, {"prompt": captions[0], **vars(settings), **about})
+    else:
+        save_pictures(images, captions, out, settings, about)
+    print(out)
+    return 0
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise UserError(f"--size must be pixels, like 512 or 512x768 (height x width), got {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
 def _unknown_words(unknown: list[str], words: tuple[str, ...]) -> str:
     from minidiff.config import did_you_mean
 
@@ -294,10 +369,10 @@ def _unknown_words(unknown: list[str], words: tuple[str, ...]) -> str:
     return f"this model does not know {', '.join(map(repr, unknown))}{guess}; {known}"
 
 
-def _free_path(given: str | None) -> Path:
-    """The path to write to, which must not exist; without one, the first free sample-NNN.png."""
+def _free_path(given: str | None, suffix: str = ".png") -> Path:
+    """The path to write to, which must not exist; without one, the first free sample-NNN with the suffix."""
     if given is None:
-        return next(p for i in range(1, 10**6) if not (p := Path(f"sample-{i:03d}.png")).exists())
+        return next(p for i in range(1, 10**6) if not (p := Path(f"sample-{i:03d}{suffix}")).exists())
     path = Path(given)
     if path.exists():
         raise UserError(f"{path} exists; remove it or choose another --out")
@@ -360,9 +435,18 @@ def _download(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from minidiff.train import export_model
 
-    if not args.out.endswith(".safetensors"):
-        raise UserError(f"--out must end in .safetensors, got {args.out!r}")
-    print(export_model(args.run, Path(args.out), _overrides(args)))
+    out = Path(args.out)
+    if out.suffix == ".safetensors":
+        print(export_model(args.run, out, _overrides(args)))
+        return 0
+    if out.suffix:
+        raise UserError(f"--out must be a .safetensors file or a folder without a suffix, got {args.out!r}")
+    from minidiff.pretrained import export_folder
+    from minidiff.train import load_model
+
+    model, config = load_model(args.run)
+    export_folder(model, out, _sample_settings(config, args).clip)
+    print(out)
     return 0
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from minidiff import ops
 from minidiff.backend import Array, device_module, to_numpy
+from minidiff.files import listed
 from minidiff.random import Purpose, normal, uniform
 from minidiff.tensor import Tensor
 
@@ -80,19 +81,23 @@ class Module:
 
     def load(self, state: dict[str, Array], source: str = "the weights") -> None:
         """Take over arrays by path. Raises ValueError naming what is missing, left over or of another shape."""
-        parameters = dict(self.named_parameters())
-        missing, extra = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
+        self.check({name: tuple(array.shape) for name, array in state.items()}, source)
+        for name, p in self.named_parameters():
+            p.data = state[name]
+
+    def check(self, shapes: dict[str, tuple[int, ...]], source: str = "the weights") -> None:
+        """Whether arrays of these shapes can be loaded; else ValueError as from `load`."""
+        wanted = {name: p.wanted_shape for name, p in self.named_parameters()}
+        missing, extra = sorted(wanted.keys() - shapes.keys()), sorted(shapes.keys() - wanted.keys())
         misshapen = [
-            f"{name} {tuple(state[name].shape)} instead of {p.wanted_shape}"
-            for name, p in parameters.items()
-            if name in state and tuple(state[name].shape) != p.wanted_shape
+            f"{name} {shapes[name]} instead of {shape}"
+            for name, shape in wanted.items()
+            if name in shapes and shapes[name] != shape
         ]
         faults = [("missing", missing), ("not in the model", extra), ("of another shape", misshapen)]
-        told = [f"{what}: {', '.join(names[:4])}{' ...' * (len(names) > 4)}" for what, names in faults if names]
+        told = [f"{what}: {listed(names)}" for what, names in faults if names]
         if told:
             raise ValueError(f"{source} do not fit the model ({'; '.join(told)})")
-        for name, p in parameters.items():
-            p.data = state[name]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)

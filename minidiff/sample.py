@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from minidiff.backend import to_numpy
 from minidiff.config import SampleConfig
 from minidiff.diffusion import Guidance
 from minidiff.errors import UserError
+from minidiff.files import whole_folder
 from minidiff.random import Draw, Purpose, normal
 from minidiff.samplers import SAMPLERS, SamplerStep, spaced_timesteps
 from minidiff.tensor import no_grad
@@ -46,12 +46,13 @@ def denoise(
     def noise(i: int) -> Draw:
         return Draw(seed, samples, i + 1, Purpose.STEP_NOISE)
 
-    walk = (model, x_T, cond, uncond, _guidance(settings, model.schedule.T), timesteps, model.schedule, noise)
+    walk = (model, x_T, cond, uncond, guidance(settings, model.schedule.T), timesteps, model.schedule, noise)
     its_own: dict[str, dict[str, Any]] = {"ddpm": {"sigma_kind": settings.sigma}, "ddim": {"eta": settings.eta}}
     return SAMPLERS[settings.sampler](*walk, clip=1.0 if settings.clip else None, **its_own.get(settings.sampler, {}))
 
 
-def _guidance(settings: SampleConfig, T: int) -> float | Guidance:
+def guidance(settings: SampleConfig, T: int) -> float | Guidance:
+    """What the settings say of guidance; a plain number where that is all."""
     low, high = settings.interval
     if settings.rescale == 0 and (low, high) == (0, 1):
         return settings.guidance
@@ -78,15 +79,19 @@ def save_pictures(
 
     The folder appears under its name only when it is complete.
     """
-    facts = {key: str(value) for key, value in {**asdict(settings), **about}.items()}
+    facts = {**asdict(settings), **about}
     if out.suffix == ".png":
-        plotting.save(plotting.image_grid(images, list(captions)), out, {"prompt": "; ".join(captions), **facts})
+        text = {"prompt": "; ".join(captions), **{key: str(value) for key, value in facts.items()}}
+        plotting.save(plotting.image_grid(images, list(captions)), out, text)
         return
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    for i, (image, caption) in enumerate(zip(plotting.to_uint8(images), captions, strict=True)):
-        text = PngInfo()
-        for key, value in {"prompt": caption, "sample": str(i), **facts}.items():
-            text.add_itxt(key, value)
-        Image.fromarray(image).save(temporary / f"{i:04d}.png", pnginfo=text)
-    os.replace(temporary, out)
+    with whole_folder(out) as folder:
+        for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            save_picture(image, folder / f"{i:04d}.png", {"prompt": caption, "sample": i, **facts})
+
+
+def save_picture(image: np.ndarray, out: Path, about: dict[str, object]) -> None:
+    """One image (H, W, C) in [-1, 1] as a PNG, pixel for pixel, with facts in its metadata."""
+    text = PngInfo()
+    for key, value in about.items():
+        text.add_itxt(key, str(value))
+    Image.fromarray(plotting.to_uint8(image)).save(out, pnginfo=text)

@@ -59,6 +59,13 @@ def begin_thread() -> None:
         compiled.install_allocator()
 
 
+def release_memory() -> None:
+    """Give back what the compiled kernels' allocator keeps for arrays to come."""
+    compiled = sys.modules.get("minidiff._cpu")
+    if compiled is not None:
+        compiled.release_memory()
+
+
 def num_workers(xp: ModuleType = np) -> int:
     """How many Python threads should share work: 1 where the kernels have threads of their own."""
     return num_threads(xp) if active_kernels() == "reference" else 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 
 import numpy as np
 import pytest
@@ -139,3 +140,17 @@ def import_or_skip(name):
         if not skipping_allowed:
             raise
         pytest.skip(f"compares with {name}, which is not installed here ({error})", allow_module_level=True)
+
+
+def in_our_layout(tensors):
+    """PyTorch's tensors by name -> contiguous NumPy arrays by the same names, in our layout."""
+    from minidiff.pretrained.weights import our_axes  # which needs safetensors; the tests on a GPU do without
+
+    arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+    axes = {name: our_axes(name, a.ndim) or range(a.ndim) for name, a in arrays.items()}
+    return {name: np.ascontiguousarray(a.transpose(axes[name])) for name, a in arrays.items()}
+
+
+def plain(config):
+    """A model's config as its JSON file has it."""
+    return json.loads(json.dumps(dict(config)))

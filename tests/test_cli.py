@@ -191,7 +191,7 @@ def test_export_writes_what_sample_draws_with(capsys, run, tmp_path):
     assert main(command) == 0
     assert main(["export", str(run), "--out", str(out), "--sample.guidance", "3.5"]) == 0
     assert load_model(out)[1].sample == replace(load_model(run)[1].sample, guidance=3.5)
-    assert "must end in .safetensors" in fails(capsys, "export", run, "--out", tmp_path / "x.npz")
+    assert "must be a .safetensors file or a folder" in fails(capsys, "export", run, "--out", tmp_path / "x.npz")
     assert "no checkpoint" in fails(capsys, "export", tmp_path / "nowhere", "--out", out)
 
 

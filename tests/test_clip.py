@@ -2,59 +2,16 @@
 
 import dataclasses
 import json
-import re
 
 import numpy as np
 import pytest
-from helpers import import_or_skip
+from helpers import import_or_skip, in_our_layout
+from test_pretrained_configs import SD1, SD2
 
-from minidiff.errors import UserError
-from minidiff.models import TextEncoder, TextEncoderConfig, parameter_count
-from minidiff.models.text import clip_text_config
+from minidiff.models import TextEncoder, TextEncoderConfig
+from minidiff.pretrained.configs import text_config
+from minidiff.pretrained.weights import clip_keys
 from minidiff.tensor import Tensor, no_grad
-
-# What the folders of Stable Diffusion 1.5 and 2.1 hold as text_encoder/config.json.
-SD1 = {
-    "_name_or_path": "openai/clip-vit-large-patch14", "architectures": ["CLIPTextModel"], "attention_dropout": 0.0,
-    "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2, "hidden_act": "quick_gelu", "hidden_size": 768,
-    "initializer_factor": 1.0, "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 77, "model_type": "clip_text_model", "num_attention_heads": 12,
-    "num_hidden_layers": 12, "pad_token_id": 1, "projection_dim": 768, "torch_dtype": "float32",
-    "transformers_version": "4.22.0.dev0", "vocab_size": 49408,
-}  # fmt: skip
-SD2 = {
-    **SD1, "hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
-    "num_hidden_layers": 23, "projection_dim": 512,
-}  # fmt: skip
-
-
-# ---- the configuration
-
-
-def test_the_published_configurations():
-    assert clip_text_config(SD1) == TextEncoderConfig(49408, 77, 768, 12, 12, 3072, "quick", 1e-5)
-    assert clip_text_config(SD2) == TextEncoderConfig(49408, 77, 1024, 23, 16, 4096, "exact", 1e-5)
-    assert parameter_count(TextEncoder(clip_text_config(SD1), seed=None)) == 123_060_480
-    assert parameter_count(TextEncoder(clip_text_config(SD2), seed=None)) == 340_387_840
-
-
-@pytest.mark.parametrize(
-    "changes, told",
-    [
-        (dict(hidden_act="relu"), "does not know hidden_act = 'relu'"),
-        (dict(hidden_act=None), "does not know hidden_act = None"),
-        (dict(use_attention_mask=True, rope=[1]), "does not know rope = [1], use_attention_mask = True"),
-        (dict(model_type="t5"), "does not know model_type = 't5'"),
-        (dict(hidden_size=768.0), "does not know hidden_size = 768.0"),
-        (dict(num_hidden_layers=0, vocab_size=True), "does not know vocab_size = True, num_hidden_layers = 0"),
-        (dict(layer_norm_eps="1e-5"), "does not know layer_norm_eps = '1e-5'"),
-        (dict(layer_norm_eps=float("nan")), "does not know layer_norm_eps = nan"),
-        (dict(num_attention_heads=7), "text.width: 768 does not divide into 7 heads"),
-    ],
-)
-def test_what_the_config_cannot_say_is_named(changes, told):
-    with pytest.raises(UserError, match=f"^FILE: .*{re.escape(told)}$"):
-        clip_text_config({**SD1, **changes}, "FILE")
 
 
 @pytest.mark.parametrize("changes", [dict(hidden=-1), dict(gelu="tanh")])
@@ -124,17 +81,6 @@ TOWERS = {
 }  # fmt: skip
 
 
-def as_ours(tensors):
-    """Their weights, or gradients, by our paths; linear layers as (in, out)."""
-    state = {}
-    for name, value in tensors.items():
-        path = re.sub(r"^text_model\.|(?<![a-z_])(embeddings|encoder)\.", "", name)
-        linear = value.ndim == 2 and not path.endswith("embedding.weight")
-        if path != "position_ids":
-            state[path] = np.ascontiguousarray(value.numpy().T if linear else value.numpy())
-    return state
-
-
 def pair(config, dtype):
     """Their model, every number random and of a size that moves the result, and ours with the same weights."""
     torch, transformers = import_or_skip("torch"), import_or_skip("transformers")
@@ -147,8 +93,8 @@ def pair(config, dtype):
             p.copy_(noise * (0.5 if p.ndim == 1 or "embedding" in name else 1.5 * p.shape[-1] ** -0.5))
             if "norm" in name and name.endswith("weight"):
                 p.add_(1)
-    ours = TextEncoder(clip_text_config(json.loads(theirs.config.to_json_string())), seed=None)
-    ours.load(as_ours(theirs.state_dict()))
+    ours = TextEncoder(text_config(json.loads(theirs.config.to_json_string())), seed=None)
+    ours.load(clip_keys(in_our_layout(theirs.state_dict())))
     return theirs, ours
 
 
@@ -228,7 +174,7 @@ def test_the_gradients_are_transformers(tower, kernels_kind):
     )
     ours(ids, mask).backward(dy)
     gradients = {name: p.grad for name, p in ours.named_parameters()}
-    for name, wanted in as_ours({name: p.grad for name, p in theirs.named_parameters()}).items():
+    for name, wanted in clip_keys(in_our_layout({n: p.grad for n, p in theirs.named_parameters()})).items():
         scale = max(np.abs(wanted).max(), 1e-3)  # the keys' biases have none
         assert np.abs(gradients.pop(name) - wanted).max() <= 1e-11 * scale, name
     assert not gradients
@@ -238,5 +184,5 @@ def test_a_config_that_transformers_saved_is_read(tmp_path):
     transformers = import_or_skip("transformers")
     import_or_skip("torch")
     transformers.CLIPTextModel(transformers.CLIPTextConfig(**TOWERS["OpenCLIP-H"])).save_pretrained(str(tmp_path))
-    config = clip_text_config(json.loads((tmp_path / "config.json").read_text()))
+    config = text_config(json.loads((tmp_path / "config.json").read_text()))
     assert config == TextEncoderConfig(40, 77, 32, 3, 2, 80, "exact", 1e-3)

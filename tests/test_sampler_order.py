@@ -14,8 +14,9 @@ from test_samplers import draw_noise, exact_eps
 
 from minidiff import samplers
 from minidiff.diffusion import PREDICTIONS, training_target
+from minidiff.pretrained.scheduler import Sampling
 from minidiff.samplers import SAMPLERS
-from minidiff.schedule import SPACINGS, Sampling, cosine, linear, scaled_linear, zero_terminal_snr
+from minidiff.schedule import SPACINGS, cosine, linear, scaled_linear, zero_terminal_snr
 
 MIXTURE = SimpleNamespace(p=[0.5, 0.3, 0.2], m=[[-1.0], [0.25], [1.0]], s=[0.4, 0.5, 0.3])
 SCHEDULE = scaled_linear()

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from helpers import import_or_skip
 
+from minidiff.pretrained.scheduler import MULTISTEP, SAMPLER_OF, SIGMA_SPACE, read_scheduler
 from minidiff.samplers import SAMPLERS, ddim
-from minidiff.schedule import MULTISTEP, SAMPLER_OF, SIGMA_SPACE, SPACINGS, Schedule, read_scheduler
+from minidiff.schedule import SPACINGS, Schedule
 
 torch = import_or_skip("torch")
 diffusers = import_or_skip("diffusers")

@@ -8,9 +8,8 @@ import pytest
 from helpers import assert_close
 
 from minidiff import ops
-from minidiff.errors import UserError
 from minidiff.gradcheck import gradcheck
-from minidiff.models import VAE, Posterior, VAEConfig, current_keys, parameter_count, vae_config
+from minidiff.models import VAE, Posterior, VAEConfig, parameter_count
 from minidiff.nn import Module, Parameter
 from minidiff.optim import AdamW
 from minidiff.tensor import Tensor, no_grad
@@ -232,111 +231,3 @@ def test_the_first_norm_of_a_residual_block_is_gone_when_the_second_runs(monkeyp
     with no_grad():
         block(Tensor(draw(1, 4, 4, 8)))
     assert not made
-
-
-# ---- config.json
-
-STABLE_DIFFUSION_1 = {
-    "_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0", "act_fn": "silu",
-    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3,
-    "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
-OF_TODAY = {
-    "_name_or_path": "x", "force_upcast": True, "scaling_factor": 0.18215, "latents_mean": None, "latents_std": None,
-    "shift_factor": None, "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True,
-    "sample_size": 768,
-}  # fmt: skip
-
-
-def test_the_published_configs_are_ours():
-    assert vae_config(STABLE_DIFFUSION_1) == VAEConfig()
-    assert vae_config({**STABLE_DIFFUSION_1, **OF_TODAY}) == VAEConfig()
-    assert vae_config({**STABLE_DIFFUSION_1, "scaling_factor": 0.13025}).scaling_factor == 0.13025
-
-
-def test_what_a_config_leaves_out_is_as_in_diffusers():
-    assert vae_config({}) == VAEConfig(channels=(64,), blocks=1)
-
-
-@pytest.mark.parametrize(
-    "changes, told",
-    [
-        (dict(temporal=True, depth=3), "has no depth, temporal"),
-        (dict(_class_name="AutoencoderTiny"), "_class_name is 'AutoencoderTiny'; .* has only 'AutoencoderKL'"),
-        (dict(act_fn="relu"), "act_fn is 'relu'"),
-        (dict(shift_factor=0.0609), "shift_factor is 0.0609"),
-        (dict(latents_mean=[0.0] * 4), "latents_mean is"),
-        (dict(latents_std=[1.0] * 4), "latents_std is"),
-        (dict(use_quant_conv=False), "use_quant_conv is False; .* has only True"),
-        (dict(use_post_quant_conv=False), "use_post_quant_conv is False"),
-        (dict(mid_block_add_attention=False), "mid_block_add_attention is False"),
-        (dict(down_block_types=["DownEncoderBlock2D"] * 3), "down_block_types is"),
-        (dict(up_block_types=["UpDecoderBlock2D"] * 3 + ["AttnUpDecoderBlock2D"]), "up_block_types is"),
-        (dict(up_block_types=None), "up_block_types is None"),
-        (dict(up_block_types=7), "up_block_types is 7"),
-        (dict(block_out_channels=[128, "256", 512, 512]), "block_out_channels cannot be"),
-        (dict(block_out_channels=512), "block_out_channels cannot be 512"),
-        (dict(block_out_channels=[], down_block_types=[], up_block_types=[]), "a VAE needs a level"),
-        (dict(block_out_channels=[128, 256, 512, 500]), "500 channels do not divide into 32"),
-        (dict(layers_per_block=2.5), "layers_per_block cannot be 2.5"),
-        (dict(layers_per_block=[2, 2]), "layers_per_block cannot be"),
-        (dict(layers_per_block=0), "at least 1"),
-        (dict(latent_channels=None), "latent_channels cannot be None"),
-        (dict(norm_num_groups=True), "norm_num_groups cannot be True"),
-        (dict(scaling_factor="0.18215"), "scaling_factor cannot be '0.18215'"),
-        (dict(scaling_factor=0), "scaling_factor must be a positive number, got 0"),
-        (dict(scaling_factor=math.nan), "scaling_factor must be a positive number, got nan"),
-    ],
-)
-def test_configs_of_other_networks_are_refused(changes, told):
-    with pytest.raises(UserError, match=f"^my/config.json: .*{told}") as caught:
-        vae_config({**STABLE_DIFFUSION_1, **changes}, "my/config.json")
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
-
-
-# ---- weights from before diffusers 0.17
-
-OLDER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-
-
-def older_keys(state, matrix):
-    """The state with the keys of before 0.17; matrix: what becomes of the attention's matrices."""
-    older = {}
-    for name, array in state.items():
-        for now, before in OLDER.items():
-            if f".attentions.0.{now}." in name:
-                name, array = name.replace(now, before), array if array.ndim == 1 else matrix(array)
-        older[name] = array
-    return older
-
-
-@pytest.mark.parametrize(
-    "matrix",
-    [lambda a: a, lambda a: a[None, None], lambda a: a[..., None, None], lambda a: a[..., None]],
-    ids=["linear", "1x1 convolution in our layout", "in theirs", "1-d convolution"],
-)
-def test_older_keys_are_renamed(matrix):
-    state = randomised(TINY).state()
-    older = older_keys(state, matrix)
-    assert len(older.keys() - state.keys()) == 16
-    current = current_keys(older)
-    assert list(current) == list(state)
-    for name, array in state.items():
-        assert current[name].shape == array.shape and np.shares_memory(current[name], array), name
-    VAE(TINY, seed=None).load(current)
-
-
-def test_keys_of_today_and_of_other_attentions_stay():
-    names = [*VAE(TINY, seed=None).state(), "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight",
-             "down_blocks.0.attentions.0.proj_in.weight", "key.weight", "attentions.0.query.scale"]  # fmt: skip
-    state = {name: np.zeros((1, 1, 3, 3)) for name in names}
-    current = current_keys(state)
-    assert list(current) == names and all(a.shape == (1, 1, 3, 3) for a in current.values())
-
-
-def test_older_keys_beside_those_of_today_are_refused():
-    state = randomised(TINY).state()
-    twice = {**state, **older_keys(state, lambda a: a)}
-    with pytest.raises(UserError, match=r"attentions.0.query.weight beside .*encoder.mid_block.attentions.0.to_q.wei"):
-        current_keys(twice)

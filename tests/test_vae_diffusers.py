@@ -4,9 +4,11 @@ import functools
 
 import numpy as np
 import pytest
-from helpers import import_or_skip
+from helpers import import_or_skip, in_our_layout, plain
 
-from minidiff.models import VAE, Posterior, current_keys, vae_config
+from minidiff.models import VAE, Posterior
+from minidiff.pretrained.configs import vae_config
+from minidiff.pretrained.weights import current_keys
 from minidiff.tensor import Tensor, no_grad
 
 torch = import_or_skip("torch")
@@ -39,18 +41,9 @@ def both(name, dtype):
         scale = p[0].numel() ** -0.5 if p.ndim > 1 else 0.2
         with torch.no_grad():
             p.copy_(torch.from_numpy(rng.normal((p.ndim == 1) * p.mean().round().item(), scale, tuple(p.shape))))
-    vae = VAE(vae_config(dict(model.config)), seed=None)
-    vae.load(our_state(model))
+    vae = VAE(vae_config(plain(model.config)), seed=None)
+    vae.load(in_our_layout(model.state_dict()))
     return model, vae
-
-
-def our_layout(array):
-    """conv (out, in, kh, kw) -> (kh, kw, in, out), linear (out, in) -> (in, out)."""
-    return np.ascontiguousarray(array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T)
-
-
-def our_state(model):
-    return {name: our_layout(array.numpy()) for name, array in model.state_dict().items()}
 
 
 def first(images):
@@ -156,7 +149,7 @@ def test_gradients(name):
     decoded = model.decode(q.mean + q.std * first(noise)).sample
     model.zero_grad()
     ((decoded * first(dy)).sum() + q.kl().sum()).backward()
-    wanted = {"images": last(x.grad), **{n: our_layout(p.grad.numpy()) for n, p in model.named_parameters()}}
+    wanted = {"images": last(x.grad), **in_our_layout({n: p.grad for n, p in model.named_parameters()})}
 
     ours = Tensor(images, requires_grad=True)
     decoded, q = vae(ours, noise)
@@ -180,9 +173,9 @@ def test_a_file_from_before_diffusers_0_17(shape):
             if f"attentions.0.{now}.weight" in name:
                 array = array.reshape(*array.shape, *shape)
             name = name.replace(f"attentions.0.{now}.", f"attentions.0.{before}.")
-        older[name] = our_layout(array.numpy())
+        older[name] = array
     again = VAE(vae.config, seed=None)
-    again.load(current_keys(older))
+    again.load(current_keys(in_our_layout(older)))
     images, latents = given(vae, "float32")
     with no_grad():
         assert np.array_equal(again.encode(images).data, vae.encode(images).data)
@@ -191,4 +184,4 @@ def test_a_file_from_before_diffusers_0_17(shape):
 
 def test_the_defaults_are_theirs():
     model = diffusers.AutoencoderKL()
-    assert vae_config({}) == vae_config({k: list(v) if isinstance(v, tuple) else v for k, v in model.config.items()})
+    assert vae_config({}) == vae_config(plain(model.config))

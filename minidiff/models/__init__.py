@@ -2,7 +2,7 @@
 
 from minidiff.models.text import TextEncoder, TextEncoderConfig
 from minidiff.models.unet import UNet, UNetConfig, parameter_count
-from minidiff.models.vae import VAE, Posterior, VAEConfig, current_keys, vae_config
+from minidiff.models.vae import VAE, Posterior, VAEConfig
 
 __all__ = [
     "VAE",
@@ -12,7 +12,5 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "VAEConfig",
-    "current_keys",
     "parameter_count",
-    "vae_config",
 ]

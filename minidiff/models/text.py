@@ -8,15 +8,12 @@ Radford et al. 2021, arXiv 2103.00020; Cherti et al. 2022, arXiv 2212.07143.
 
 from __future__ import annotations
 
-import reprlib
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from minidiff import ops
 from minidiff.backend import Array
-from minidiff.errors import UserError
 from minidiff.nn import Embedding, LayerNorm, Linear, Module
 from minidiff.tensor import Tensor
 
@@ -126,43 +123,3 @@ class TextEncoder(Module):
             raise ValueError(f"TextEncoder: skip must be in 0..{len(self.layers)}, the number of layers, got {skip}")
         if isinstance(mask, np.ndarray) and mask.ndim == 2 and not mask[:, :1].all():
             raise ValueError("TextEncoder: the mask hides a first token, which then sees nothing")
-
-
-SIZES = {
-    "vocab_size": ("vocabulary", 49408),
-    "max_position_embeddings": ("context", 77),
-    "hidden_size": ("width", 512),
-    "num_hidden_layers": ("layers", 12),
-    "num_attention_heads": ("heads", 8),
-    "intermediate_size": ("hidden", 2048),
-}
-"""Keys of CLIPTextConfig: our name, and the value where a file leaves it out."""
-WITHOUT_EFFECT = {
-    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dropout", "dtype", "eos_token_id",
-    "initializer_factor", "initializer_range", "pad_token_id", "projection_dim", "torch_dtype",
-    "transformers_version",
-}  # fmt: skip
-"""Keys about training, the tokenizer, file formats, and the pooled output, which is not computed here."""
-
-
-def clip_text_config(theirs: dict[str, Any], source: str = "text_encoder/config.json") -> TextEncoderConfig:
-    """The config.json of a transformers CLIPTextModel -> TextEncoderConfig.
-
-    Nothing in it says that Stable Diffusion 2 takes the penultimate of OpenCLIP-H's 24 layers: its folders hold 23
-    layers. Raises UserError naming the source and what is of no known meaning, all of it.
-    """
-    sizes = {key: theirs.get(key, default) for key, (_, default) in SIZES.items()}
-    others = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip_text_model"}
-    gelu, eps, kind = (theirs.get(key, default) for key, default in others.items())
-    wrong = [key for key, size in sizes.items() if type(size) is not int or size < 1]
-    wrong += ["hidden_act"] * (gelu not in ("quick_gelu", "gelu")) + ["model_type"] * (kind != "clip_text_model")
-    wrong += ["layer_norm_eps"] * (type(eps) not in (int, float) or not 0 <= eps < 1)
-    wrong += sorted(theirs.keys() - {*SIZES, *others, *WITHOUT_EFFECT})
-    if wrong:
-        told = ", ".join(f"{key} = {reprlib.repr(theirs[key])}" for key in wrong)
-        raise UserError(f"{source}: minidiff's CLIP text encoder does not know {told}")
-    ours = {SIZES[key][0]: size for key, size in sizes.items()}
-    try:
-        return TextEncoderConfig(**ours, gelu="quick" if gelu == "quick_gelu" else "exact", norm_eps=float(eps))
-    except ValueError as e:
-        raise UserError(f"{source}: {e}") from e

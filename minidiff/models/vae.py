@@ -15,18 +15,15 @@ Structure and parameter names are those of diffusers' AutoencoderKL, so that its
 from __future__ import annotations
 
 import math
-import re
-import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from minidiff import ops
 from minidiff.backend import Array, array_module
-from minidiff.errors import UserError
 from minidiff.models.unet import Downsample, ResBlock, SelfAttentionBlock, Upsample
 from minidiff.nn import Conv2d, GroupNorm, Module
-from minidiff.tensor import Tensor, as_tensor, record
+from minidiff.tensor import Tensor, as_tensor, record, recording
+from minidiff.threads import release_memory
 
 EPS = 1e-6  # of every GroupNorm
 
@@ -134,9 +131,15 @@ def _res_blocks(c_in: int, c: int, n: int, groups: int) -> list[ResBlock]:
 
 
 def _through(layers: Iterable[Module], x: Tensor) -> Tensor:
-    """x through one layer after the other: without gradients each result is let go of as soon as the next is there."""
+    """x through one layer after the other: without gradients each result is let go of as soon as the next is there.
+
+    And where a layer changes the size, so that what it leaves behind fits nothing to come, back to the system.
+    """
     for layer in layers:
+        before = x.shape
         x = layer(x)
+        if x.shape != before and not recording([x]):
+            release_memory()
     return x
 
 
@@ -248,81 +251,3 @@ class VAE(Module):
         if z.ndim != 4 or z.shape[3] != self.config.latent_channels:
             raise ValueError(f"VAE: wanted latents (B, h, w, {self.config.latent_channels}), got {z.shape}")
         return self.decoder(self.post_quant_conv(z))
-
-
-SIZES: dict[str, Any] = {
-    "in_channels": 3, "out_channels": 3, "block_out_channels": [64], "layers_per_block": 1, "latent_channels": 4,
-    "norm_num_groups": 32, "scaling_factor": 0.18215,
-}  # fmt: skip
-"""The sizes in an AutoencoderKL's config.json, and what they are where it leaves them out."""
-ONLY: dict[str, Any] = {
-    "act_fn": "silu", "shift_factor": None, "latents_mean": None, "latents_std": None, "use_quant_conv": True,
-    "use_post_quant_conv": True, "mid_block_add_attention": True,
-}  # fmt: skip
-"""What else it may say, and the one value that our VAE has."""
-WITHOUT_EFFECT = ("sample_size", "force_upcast")  # the training images' size; float32 where the U-Net is in float16
-
-
-def vae_config(theirs: dict[str, Any], source: str = "vae/config.json") -> VAEConfig:
-    """The config.json of a diffusers AutoencoderKL -> VAEConfig.
-
-    Raises UserError, naming the source, for keys that it does not know and for what VAEConfig cannot say.
-    """
-    said = {name: value for name, value in theirs.items() if name[:1] != "_" and name not in WITHOUT_EFFECT}
-    sizes = {name: said.pop(name, default) for name, default in SIZES.items()}
-    for name, value in sizes.items():
-        numbers = value if name == "block_out_channels" else [value]
-        kinds = (int, float) if name == "scaling_factor" else (int,)
-        if not isinstance(numbers, list) or any(type(n) not in kinds for n in numbers):
-            raise UserError(f"{source}: {name} cannot be {reprlib.repr(value)}")
-
-    only = {"_class_name": "AutoencoderKL", **ONLY}
-    for name, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        only[name] = [block] * len(sizes["block_out_channels"])
-        said.setdefault(name, [block])
-    said["_class_name"] = theirs.get("_class_name", "AutoencoderKL")
-    unknown = sorted(said.keys() - only.keys())
-    if unknown:
-        raise UserError(f"{source}: minidiff's VAE, that of Stable Diffusion 1 and 2, has no {', '.join(unknown)}")
-    for name, value in only.items():
-        if said.get(name, value) != value:
-            raise UserError(
-                f"{source}: {name} is {reprlib.repr(said[name])}; "
-                f"minidiff's VAE, that of Stable Diffusion 1 and 2, has only {value!r}"
-            )
-    try:
-        return VAEConfig(
-            in_channels=sizes["in_channels"],
-            out_channels=sizes["out_channels"],
-            channels=tuple(sizes["block_out_channels"]),
-            blocks=sizes["layers_per_block"],
-            latent_channels=sizes["latent_channels"],
-            norm_groups=sizes["norm_num_groups"],
-            scaling_factor=sizes["scaling_factor"],
-        )
-    except ValueError as e:
-        raise UserError(f"{source}: {e}") from e
-
-
-_OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_OLDER_KEY = re.compile(rf"\.attentions\.\d+\.({'|'.join(_OLDER)})\.(weight|bias)$")
-
-
-def current_keys(state: dict[str, Array]) -> dict[str, Array]:
-    """Weights by the keys that diffusers has had since 0.17, whatever their age; the arrays are not copied.
-
-    Before, the self-attention over an image's positions (AutoencoderKL's, UNet2DModel's) had query, key, value and
-    proj_attn for to_q, to_k, to_v and to_out.0, in some files as 1x1 convolutions. Works in their layout and in ours.
-    Raises UserError where a file has both.
-    """
-    current = {}
-    for name, array in state.items():
-        older = _OLDER_KEY.search(name)
-        if older:
-            name = f"{name[: older.start(1)]}{_OLDER[older[1]]}.{older[2]}"
-            if array.ndim > 2:
-                array = array.reshape([n for n in array.shape if n > 1])
-            if name in state:
-                raise UserError(f"the weights have {older[0][1:]} beside {name}, which is the same of today")
-        current[name] = array
-    return current

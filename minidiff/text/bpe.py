@@ -14,7 +14,6 @@ Learners"; in CLIP: Radford et al. 2021, arXiv 2103.00020.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 import sys
@@ -28,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from minidiff.errors import UserError
+from minidiff.errors import UserError, UserNotice
+from minidiff.files import listed, read_json, read_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -92,9 +92,9 @@ class CLIPTokenizer:
         pad: str = END,
     ):
         needed = [start, end, pad, *(token for a, b in merges for token in (a, b, a + b))]
-        lacking = list(dict.fromkeys(token for token in needed if token not in ids))
+        lacking = list(dict.fromkeys(repr(token) for token in needed if token not in ids))
         if lacking:
-            raise UserError(f"the vocabulary lacks {_some(lacking)}, of the merges or the special tokens")
+            raise UserError(f"the vocabulary lacks {listed(lacking)}, of the merges or the special tokens")
         self.ids = ids
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.start, self.end, self.pad = ids[start], ids[end], ids[pad]
@@ -155,7 +155,8 @@ class CLIPTokenizer:
                 tokens += self.word_ids(word)
                 if len(tokens) >= context:
                     cut = textwrap.shorten(" ".join(words[i:]), 300, placeholder=" ...")
-                    warnings.warn(f"the text is longer than the {context} tokens read; cut off: {cut}", stacklevel=2)
+                    told = f"the text is longer than the {context} tokens read; cut off: {cut}"
+                    warnings.warn(told, UserNotice, stacklevel=2)
                     break
             tokens = [*tokens[: context - 1], self.end]
             row[: len(tokens)], used[: len(tokens)] = tokens, True
@@ -165,11 +166,11 @@ class CLIPTokenizer:
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     source = folder / "tokenizer.json"
     if source.exists() and not (folder / "vocab.json").exists():
-        model = _json_object(source).get("model")
+        model = read_json(source).get("model")
         ids, lines = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
     else:
-        ids, source = _json_object(folder / "vocab.json"), folder / "merges.txt"
-        lines = _read(source).rstrip("\n").split("\n")
+        ids, source = read_json(folder / "vocab.json"), folder / "merges.txt"
+        lines = read_text(source).rstrip("\n").split("\n")
         lines = lines[lines[0].startswith("#version") :]
     if not isinstance(ids, dict) or not ids or not all(type(i) is int and i >= 0 for i in ids.values()):
         raise UserError(f"{folder}: the vocabulary is not a table of tokens and their numbers")
@@ -188,14 +189,15 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     """The special tokens that the folder names, by what they are called here."""
     config: dict[str, Any] = {}
     for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):  # the latter has the last word
-        config |= _json_object(file) if file.exists() else {}
+        config |= read_json(file) if file.exists() else {}
     roles = {"start": "bos_token", "end": "eos_token", "pad": "pad_token"}
     named = {role: _content(config[key], folder) for role, key in roles.items() if config.get(key) is not None}
     added = config.get("added_tokens_decoder")
     others = {_content(token, folder) for token in added.values()} if isinstance(added, dict) else set()
     others -= {START, END, *named.values()}
     if others:
-        raise UserError(f"{folder} adds tokens to CLIP's, which this tokenizer does not know: {_some(sorted(others))}")
+        told = listed(sorted(map(repr, others)))
+        raise UserError(f"{folder} adds tokens to CLIP's, which this tokenizer does not know: {told}")
     return named
 
 
@@ -204,27 +206,3 @@ def _content(token: Any, folder: Path) -> str:
     if not isinstance(content, str) or not content:
         raise UserError(f"{folder}: its JSON files must name tokens by a text, not {token!r:.40}")
     return content
-
-
-def _some(tokens: Sequence[str]) -> str:
-    return ", ".join(map(repr, tokens[:4])) + " ..." * (len(tokens) > 4)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    text = _read(path)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not valid JSON: {e}") from e
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}; CLIP's tokenizer is vocab.json and merges.txt") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text") from e

@@ -1,0 +1,54 @@
+"""Reading other people's files, and writing folders whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from minidiff.errors import UserError
+
+
+def read_text(path: Path) -> str:
+    """A file's text, in UTF-8; UserError naming the file where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text") from e
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; UserError naming the file where it cannot be read, is not JSON, or is something else."""
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not valid JSON: {e}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Names, with a comma between; beyond `most` only how many more."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to write into, which appears at `path` when the block ends; nothing is left where it fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
