@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # e.g. `minidiff train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except MemoryError as e:
+        print(f"minidiff: there is not enough memory for that ({e}); draw fewer or smaller pictures", file=sys.stderr)
+        return 1
     except OSError as e:
         print(f"minidiff: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
         return 1
@@ -125,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--pretrained", metavar="FOLDER",
         help="draw with a model in diffusers' layout instead, such as Stable Diffusion 1 or 2; by its own sampler, "
-        "in 20 steps with guidance 7.5, unless settings say otherwise",
+        "in 20 steps with guidance 7.5, unless it or settings say otherwise; several pictures go into a folder",
     )  # fmt: skip
     p.add_argument("--negative", metavar="PROMPT", help="--pretrained: what the pictures shall not show")
     p.add_argument("--size", metavar="HxW", help="--pretrained: pixels, 512 or 512x768 (default: as it was trained)")
@@ -297,9 +300,9 @@ def _sample(args: argparse.Namespace) -> int:
 
     if args.count < 1 or not 0 <= args.seed < 2**64:
         raise UserError("--count must be at least 1 and --seed in 0..2^64 - 1")
-    if args.pretrained:
+    if args.pretrained is not None:
         return _sample_pretrained(args)
-    if args.negative or args.size:
+    if args.negative is not None or args.size is not None:
         raise UserError("--negative and --size are for --pretrained models")
     model, config = load_model(args.run, _weights(args), args.device)
     settings = _sample_settings(config, args)
@@ -310,9 +313,8 @@ def _sample(args: argparse.Namespace) -> int:
     out = _free_path(args.out)
     captions = [prompt for prompt in args.prompts for _ in range(args.count)]
     images = draw(model, captions, settings, args.seed)
-    save_pictures(
-        images, captions, out, settings, {"seed": args.seed, "run": args.run or default_run(), "weights": args.weights}
-    )
+    about = {"seed": args.seed, "run": args.run or default_run(), "weights": args.weights}
+    save_pictures(images, captions, out, {**vars(settings), **about})
     print(out)
     return 0
 
@@ -326,27 +328,31 @@ def _sample_pretrained(args: argparse.Namespace) -> int:
 
     if args.run:
         raise UserError("--run and --pretrained both name a model; give one")
+    if args.weights != "ema":
+        raise UserError("--weights is for runs of our own; a pretrained folder has one set of weights")
     given = _overrides(args)
     foreign = sorted(given.keys() & {"sample.clip", "sample.sigma"})
     if foreign:
         raise UserError(f"--{foreign[0]}: a pretrained model's own scheduler_config.json decides it")
-    defaults = Config(sample=SampleConfig(steps=20, guidance=7.5))
-    settings = with_overrides(defaults, given, "the command line").sample
+    settings = with_overrides(Config(sample=SampleConfig()), given, "the command line").sample
     size, captions = _size(args.size), [prompt for prompt in args.prompts for _ in range(args.count)]
     out = _free_path(args.out, ".png" if len(captions) == 1 else "")
     pipe = load_pipeline(args.pretrained, args.device)
-    sampling = read_scheduler(pipe.scheduler, settings.sampler if "sample.sampler" in given else None)
-    settings = replace(settings, sampler=sampling.sampler)
-    w = guidance(settings, sampling.schedule.T)
+    own = {name: getattr(pipe, name) for name in ("steps", "guidance") if f"sample.{name}" not in given}
     sampler = settings.sampler if "sample.sampler" in given else None
-    negative, eta = args.negative or "", settings.eta
-    drawn = pipe(captions, settings.steps, w, negative, args.seed, sampler, size, eta=eta, output="array")
+    sampling = read_scheduler(pipe.scheduler, sampler)
+    settings = replace(settings, sampler=sampling.sampler, **own)
+    w, negative = guidance(settings, sampling.schedule.T), args.negative or ""
+    drawn = pipe(captions, settings.steps, w, negative, args.seed, sampler, size, eta=settings.eta, output="array")
     images = np.asarray(drawn)
-    about = {"seed": args.seed, "model": args.pretrained, "negative": args.negative or ""}
+    names = ("sampler", "steps", "guidance", "eta", "rescale", "interval")
+    facts = {name: getattr(settings, name) for name in names}
+    facts |= {name: getattr(sampling, name) for name in ("prediction", "spacing", "karras", "clip")}
+    facts |= {"seed": args.seed, "model": args.pretrained, "negative": negative, **sampling.options}
     if len(captions) == 1 and out.suffix:
-        save_picture(images[0], out, {"prompt": captions[0], **vars(settings), **about})
+        save_picture(images[0], out, {"prompt": captions[0], **facts})
     else:
-        save_pictures(images, captions, out, settings, about)
+        save_pictures(images, captions, out, facts)
     print(out)
     return 0
 
@@ -378,6 +384,9 @@ def _free_path(given: str | None, suffix: str = ".png") -> Path:
         raise UserError(f"{path} exists; remove it or choose another --out")
     if path.suffix not in ("", ".png"):
         raise UserError(f"--out takes a .png file or a folder, got {path}")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out {path}: nothing can be written into {above}")
     return path
 
 
@@ -444,8 +453,13 @@ def _export(args: argparse.Namespace) -> int:
     from minidiff.pretrained import export_folder
     from minidiff.train import load_model
 
+    kept = {"sample.steps", "sample.guidance", "sample.clip"}
+    other = sorted(_overrides(args).keys() - kept)
+    if other:
+        told = ", ".join(f"--{name}" for name in sorted(kept))
+        raise UserError(f"--{other[0]} is not kept in a folder, only {told}")
     model, config = load_model(args.run)
-    export_folder(model, out, _sample_settings(config, args).clip)
+    export_folder(model, out, _sample_settings(config, args))
     print(out)
     return 0
 

@@ -42,13 +42,29 @@ def listed(names: Sequence[str], most: int = 10) -> str:
 
 
 @contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which becomes `path` when the block ends; nothing is left where it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A new folder to write into, which appears at `path` when the block ends; nothing is left where it fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    made = [parent for parent in path.parents if not parent.exists()]
     temporary.mkdir(parents=True)
     try:
         yield temporary
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # something else may be in there by now
+            for parent in made:
+                parent.rmdir()
         raise

@@ -7,7 +7,6 @@ everything works without a display.
 
 import io
 import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator, NullFormatter
 
 from minidiff.data.shapes import SCORES
+from minidiff.files import whole_file
 
 DPI = 160
 INK, GREY, FAINT = "#222222", "#666666", "#dddddd"
@@ -59,13 +59,8 @@ def save(figure: Figure, path: str | Path, metadata: Mapping[str, str] | None = 
     if path.suffix.lower() != ".png":
         raise ValueError(f"figures are saved as PNG: give a path that ends in .png, not {str(path)!r}")
     texts = {"Description": getattr(figure, "alt_text", ""), **(metadata or {})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=DPI, facecolor="white", metadata=texts)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=DPI, facecolor="white", metadata=texts)
     return path
 
 

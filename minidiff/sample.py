@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from minidiff.backend import to_numpy
 from minidiff.config import SampleConfig
 from minidiff.diffusion import Guidance
 from minidiff.errors import UserError
-from minidiff.files import whole_folder
+from minidiff.files import whole_file, whole_folder
 from minidiff.random import Draw, Purpose, normal
 from minidiff.samplers import SAMPLERS, SamplerStep, spaced_timesteps
 from minidiff.tensor import no_grad
@@ -72,14 +71,11 @@ def draw(
     return np.concatenate(list(parallel_map(draw_batch, range(0, len(captions), batch), threads)))
 
 
-def save_pictures(
-    images: np.ndarray, captions: Sequence[str], out: Path, settings: SampleConfig, about: dict[str, object]
-) -> None:
-    """One labelled grid (out is a .png file), or a folder of separate PNGs; settings and captions in their metadata.
+def save_pictures(images: np.ndarray, captions: Sequence[str], out: Path, facts: Mapping[str, object]) -> None:
+    """One labelled grid (out is a .png file), or a folder of separate PNGs; facts and captions in their metadata.
 
     The folder appears under its name only when it is complete.
     """
-    facts = {**asdict(settings), **about}
     if out.suffix == ".png":
         text = {"prompt": "; ".join(captions), **{key: str(value) for key, value in facts.items()}}
         plotting.save(plotting.image_grid(images, list(captions)), out, text)
@@ -94,4 +90,6 @@ def save_picture(image: np.ndarray, out: Path, about: dict[str, object]) -> None
     text = PngInfo()
     for key, value in about.items():
         text.add_itxt(key, str(value))
-    Image.fromarray(plotting.to_uint8(image)).save(out, pnginfo=text)
+    picture = Image.fromarray(plotting.to_uint8(image))
+    with whole_file(out) as file:
+        picture.save(file, format="png", pnginfo=text)

@@ -1,6 +1,7 @@
 """Pretrained folders: loading, drawing, what is refused, and our own models written as such; against diffusers
 itself: test_pipeline_diffusers.py."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from minidiff import backend
 from minidiff.cli import main
+from minidiff.config import SampleConfig
 from minidiff.diffusion import Guidance
 from minidiff.errors import UserError, UserNotice
 from minidiff.models import TextEncoderConfig, UNetConfig
@@ -21,6 +23,7 @@ from minidiff.pretrained import export_folder, load_pipeline
 from minidiff.samplers import SAMPLERS
 from minidiff.tensor import no_grad
 from minidiff.text_to_image import DiffusionConfig, TextToImage
+from minidiff.train import BUNDLED, load_model
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,13 @@ def test_samples_depend_on_the_seed_and_their_number_alone(pipe):
     assert np.abs(draw(pipe, "a photo", seed=1) - four[:1]).max() > 1e-2
 
 
-def test_sizes(pipe):
+def test_sizes(pipe, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    edit_json(tmp_path / "model" / "unet" / "config.json", sample_size=None)
+    unsaid = load_pipeline(tmp_path / "model")
+    assert unsaid.size is None and draw(unsaid, size=np.int64(16)).shape == (1, 8, 8, 4)
+    with pytest.raises(UserError, match="does not say how large its pictures are: give a size"):
+        draw(unsaid)
     assert draw(pipe, size=24).shape == (1, 12, 12, 4)
     assert draw(pipe, size=(16, 32)).shape == (1, 8, 16, 4)
     assert draw(pipe, latents=np.zeros((1, 4, 6, 4))).shape == (1, 4, 6, 4)
@@ -101,8 +110,9 @@ def test_one_negative_prompt_for_each_prompt(pipe):
     both = draw(pipe, prompts, negative_prompt=["dogs", "a house"], count=2)
     one = draw(pipe, [prompts[1]], negative_prompt="a house", latents=pipe_noise(pipe, 4)[2:3])
     np.testing.assert_allclose(both[2:3], one, atol=2e-5)
-    with pytest.raises(UserError, match="give one negative prompt, or one for each prompt; got 3"):
-        draw(pipe, prompts, negative_prompt=["a", "b", "c"])
+    for texts, negatives, count in ((prompts, 3, 1), (prompts, 3, 3), (prompts * 2, 2, 1), (prompts[:1], 2, 4)):
+        with pytest.raises(UserError, match=f"one for each prompt; got {negatives} for {len(texts)}"):
+            draw(pipe, texts, negative_prompt=["a"] * negatives, count=count)
 
 
 def pipe_noise(pipe, n):
@@ -115,6 +125,10 @@ def test_noise_of_our_own(given, pipe):
     drawn, own = draw(pipe, **given), draw(pipe, **given, noise=lambda i: zeros)
     assert np.abs(own - drawn).max() > 1e-2
     assert np.array_equal(drawn, draw(pipe, **given))
+    doubles = draw(pipe, **given, noise=lambda i: np.zeros((1, 8, 8, 4)))
+    assert doubles.dtype == np.float32 and np.array_equal(doubles, own)
+    with pytest.raises(UserError, match=r"noise must be \(B, h, w, c\) = \(1, 8, 8, 4\) .*, got \(8, 8, 4\)"):
+        draw(pipe, **given, noise=lambda i: zeros[0])
 
 
 def test_long_prompts_are_cut_and_the_words_named(pipe):
@@ -134,7 +148,20 @@ def test_long_prompts_are_cut_and_the_words_named(pipe):
         (dict(latents=np.zeros((2, 8, 8, 4))), "latents must be (B, h, w, c) = (1, 8, 8, 4)"),
         (dict(latents=np.zeros((1, 8, 8, 3))), "latents must be (B, h, w, c) = (1, 8, 8, 4)"),
         (dict(latents=np.zeros((1, 7, 8, 4))), "divide by 4, got 14x16"),
-        (dict(latents=np.zeros((8, 8, 4))), "divide by 4, got 0x0"),
+        (dict(latents=np.zeros((8, 8, 4))), "latents must be an array (B, h, w, c), got (8, 8, 4)"),
+        (dict(latents=[[0.0]]), "latents must be an array (B, h, w, c), got list"),
+        (dict(latents=np.zeros((1, 8, 8, 4)), seed=-1), "the seed must be in"),
+        (dict(seed=1.5), "the seed must be in 0..2^64 - 1, got 1.5"),
+        (dict(size="16"), "size must be pixels, one number or (height, width), got '16'"),
+        (dict(size=(16, 16, 3)), "size must be pixels"),
+        (dict(size=16.0), "size must be pixels"),
+        (dict(size=2**20), "sizes go up to 16384 pixels a side"),
+        (dict(steps=3.0), "steps must be a whole number, got 3.0"),
+        (dict(steps="3"), "steps must be a whole number, got '3'"),
+        (dict(eta=2.0), "eta must be in 0..1, got 2.0"),
+        (dict(eta=float("nan")), "eta must be in 0..1, got nan"),
+        (dict(guidance=float("nan")), "guidance must be a number or a Guidance, got nan"),
+        (dict(guidance="7"), "guidance must be a number or a Guidance, got '7'"),
         (dict(latents=np.zeros((1, 8, 8, 4)), size=16), "the size or the latents, not both"),
         (dict(sampler="pndm"), "'pndm' is not one of ddpm, ddim"),
         (dict(sampler="euler", eta=0.5), "eta is ddim's; euler has none"),
@@ -169,7 +196,35 @@ def test_a_model_of_pixels(tmp_path):
             pipe(steps=2, **given)
 
 
+def test_pixels_need_as_many_channels_out_as_in(tmp_path):
+    pixel_model(tmp_path)
+    edit_json(tmp_path / "config.json", out_channels=6)
+    tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    for name in ("conv_out.weight", "conv_out.bias"):
+        tensors[name] = np.concatenate([tensors[name]] * 2)
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match="3 channels in and 6 out; one that also predicts a variance"):
+        load_pipeline(tmp_path)
+
+
 # ---- loading
+
+
+def test_another_sampler_draws_where_the_folders_own_cannot(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    changes = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+    edit_json(tmp_path / "model" / "scheduler" / "scheduler_config.json", **changes)
+    pipe = load_pipeline(tmp_path / "model")
+    assert draw(pipe, sampler="ddim").shape == (1, 8, 8, 4)
+    with pytest.raises(UserError, match=r"algorithm_type = 'sde-dpmsolver\+\+'.*; name another sampler"):
+        draw(pipe)
+
+
+def test_a_device_that_is_not_here(folder):
+    if importlib.util.find_spec("cupy"):
+        pytest.skip("CuPy is here")
+    with pytest.raises(UserError, match="'cuda' needs CuPy"):
+        load_pipeline(folder, "cuda")
 
 
 def test_weights_are_float32_whatever_they_were(folder, tmp_path, pipe):
@@ -207,12 +262,13 @@ FAULTS = {
     "no class": (edit("model_index.json", _class_name=None), "minidiff has no None"),
     "no VAE in the index": (edit("model_index.json", vae=[None, None]), "model_index.json names no vae"),
     "a part of no meaning": (edit("model_index.json", controlnet=["diffusers", "X"]), "names controlnet, of which"),
-    "no U-Net": (remove("unet"), r"config.json: No such file"),
+    "no U-Net": (remove("unet"), r"model has no unet/; download the folder again"),
     "no U-Net config": (remove("unet", "config.json"), "cannot read .*unet/config.json: No such file"),
     "no U-Net weights": (remove(*UNET_FILE), r"unet has no diffusion_pytorch_model\.safetensors"),
     "no text weights": (remove("text_encoder", "model.safetensors"), r"text_encoder has no model\.safetensors"),
     "no tokenizer": (remove("tokenizer", "merges.txt"), "merges.txt: No such file"),
-    "no scheduler": (remove("scheduler"), "cannot read .*scheduler_config.json"),
+    "no scheduler": (remove("scheduler"), r"model has no scheduler/; download"),
+    "no scheduler file": (remove("scheduler", "scheduler_config.json"), "cannot read .*scheduler_config.json"),
     "truncated weights": (truncate(*UNET_FILE), "is missing, truncated or damaged"),
     "a weight missing": (weights(lambda t: t.pop("conv_in.bias"), *UNET_FILE), r"unet: .*missing: conv_in\.bias"),
     "a weight too many": (weights(lambda t: t.update(x=t["conv_in.bias"]), *UNET_FILE), "not in the model: x"),
@@ -225,11 +281,27 @@ FAULTS = {
     "an inpainting U-Net": (edit("vae", "config.json", latent_channels=9), "a picture or a mask beside the noise"),
     "a wider text encoder": (edit("text_encoder", "config.json", hidden_size=32), "are 32 wide, the U-Net wants 16"),
     "too small a vocabulary": (edit("text_encoder", "config.json", vocab_size=700), "another shape: token_embedding"),
-    "no sample size": (edit("unet", "config.json", sample_size=None), "sample_size should be a whole number"),
+    "a sample size of text": (edit("unet", "config.json", sample_size="8"), "sample_size should be a whole number"),
+    "a huge sample size": (edit("unet", "config.json", sample_size=10**9), "sample_size should be .* up to 16384"),
+    "a huge width": (edit("unet", "config.json", block_out_channels=[10**30, 16]), "not know block_out_channels = "),
+    "too many layers": (edit("unet", "config.json", layers_per_block=10**8), "not know layers_per_block = 100000000"),
+    "a huge epsilon": (edit("unet", "config.json", norm_eps=10**400), "does not know norm_eps = 1000"),
+    "a huge shift": (edit("unet", "config.json", freq_shift=10**400), "does not know freq_shift = 1000"),
+    "a shift that divides by 0": (edit("unet", "config.json", freq_shift=4), "freq_shift should be below 4"),
+    "a text encoder too deep": (edit("text_encoder", "config.json", num_hidden_layers=10**8), "num_hidden_layers = 1"),
+    "a huge scale": (edit("vae", "config.json", scaling_factor=10**400), "does not know scaling_factor"),
+    "a U-Net without words": (
+        lambda f: write_json(f / "unet" / "config.json", PIXELS), "'UNet2DModel', which does not fit model_index"
+    ),
+    "more channels out than in": (edit("unet", "config.json", out_channels=8), "another shape: conv_out"),
+    "words of textual inversion": (
+        lambda f: write_json(f / "tokenizer" / "added_tokens.json", {"<cat-toy>": 714}), "adds tokens .*'<cat-toy>'"
+    ),
     "a scheduler of no meaning": (
         edit("scheduler", "scheduler_config.json", _class_name="X"), "scheduler_config.json: 'X' is not one of"
     ),
     "a scheduler that lies": (edit("scheduler", "scheduler_config.json", beta_end=7), "beta_end should be between"),
+    "betas of nothing": (edit("scheduler", "scheduler_config.json", beta_start=1e-17), "and make some noise"),
     "zero terminal SNR": (edit("scheduler", "scheduler_config.json", rescale_betas_zero_snr=True), "not epsilon"),
 }  # fmt: skip
 
@@ -276,8 +348,9 @@ def trained(prediction="x0", patch=2, attention=("none", "cross")):
 def test_what_we_write_we_read(prediction, patch, tmp_path):
     """The same weights, words, schedule and pictures."""
     model = trained(prediction, patch)
-    export_folder(model, tmp_path / "out")
+    export_folder(model, tmp_path / "out", SampleConfig(steps=11, guidance=2.5))
     pipe = load_pipeline(tmp_path / "out")
+    assert (pipe.steps, pipe.guidance) == (11, 2.5) and len(pipe.denoise("a red circle")) == 11
     for part, ours in ((pipe.unet, model.unet), (pipe.text_encoder, model.text_encoder)):
         for (name, p), q in zip(part.named_parameters(), ours.parameters(), strict=True):
             assert np.array_equal(p.data, q.data), name
@@ -345,6 +418,7 @@ def test_the_command_draws_one_picture_pixel_for_pixel(folder, tmp_path, capsys)
     assert picture.size == (24, 16)
     text = picture.text
     assert text["prompt"] == "the red cat" and text["sampler"] == "dpm++2m" and text["negative"] == "dogs"
+    assert (text["clip"], text["spacing"], text["steps"], text["guidance"]) == ("None", "leading", "2", "7.5")
     (again,) = load_pipeline(folder)("the red cat", 2, 7.5, "dogs", 3, "dpm++2m", (16, 24), progress=False)
     assert np.array_equal(np.asarray(picture), np.asarray(again))
 
@@ -379,6 +453,9 @@ def test_the_command_says_what_is_done_otherwise(folder, tmp_path, capsys):
         (["--size", "big"], "--size must be pixels, like 512 or 512x768"),
         (["--size", "16x16x3"], "--size must be pixels"),
         (["--size", "18"], "divide by 4, got 18x18"),
+        (["--size", "1048576"], "sizes go up to 16384"),
+        (["--weights", "raw"], "--weights is for runs of our own"),
+        (["--pretrained", "nowhere"], "nowhere is not a folder"),
         (["--sample.steps", "1001"], "steps"),
         (["--sample.sampler", "pndm"], "sample.sampler: 'pndm' is not one of"),
     ],
@@ -387,6 +464,25 @@ def test_the_command_refuses_in_one_sentence_and_leaves_nothing(arguments, told,
     monkeypatch.chdir(tmp_path)
     status, _, error = run(capsys, "sample", "a cat", "--pretrained", folder, *arguments)
     assert status == 1 and told in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_pictures_go_where_there_is_no_folder_yet_or_nothing_is_drawn(folder, tmp_path, capsys):
+    command = ["sample", "a cat", "--pretrained", folder, "--sample.steps", 2, "--out"]
+    assert run(capsys, *command, tmp_path / "new" / "x.png")[0] == 0 and (tmp_path / "new" / "x.png").exists()
+    (tmp_path / "file").write_text("")
+    status, _, told = run(capsys, *command, tmp_path / "file" / "x.png")
+    assert status == 1 and "nothing can be written into" in told
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "new", "x.png"]
+
+
+def test_what_an_exported_folder_keeps(tmp_path, capsys):
+    status, _, told = run(capsys, "export", BUNDLED, "--out", tmp_path / "a", "--sample.sampler", "ddpm")
+    assert status == 1 and "--sample.sampler is not kept in a folder, only --sample.clip, --sample.guidance" in told
+    assert run(capsys, "export", BUNDLED, "--out", tmp_path / "a", "--sample.steps", 3)[0] == 0
+    command = ["sample", "a red circle", "--pretrained", tmp_path / "a", "--out", tmp_path / "x.png"]
+    assert run(capsys, *command)[0] == 0
+    told = Image.open(tmp_path / "x.png").text
+    assert (told["steps"], told["guidance"]) == ("3", str(load_model(BUNDLED)[1].sample.guidance))
 
 
 def test_flags_of_pretrained_models_alone(capsys):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minidiff.errors import UserError
-from minidiff.pretrained.scheduler import SAMPLER_OF, Sampling, read_scheduler
+from minidiff.pretrained.scheduler import KNOWN, REPLACED, SAMPLER_OF, Sampling, read_scheduler
 from minidiff.samplers import SAMPLERS
 from minidiff.schedule import karras_levels, linear, scaled_linear
 
@@ -45,14 +45,13 @@ SD = {
 
 
 def test_stable_diffusions_file():
-    for name, sampler in SAMPLER_OF.items():
+    for name, sampler in KNOWN.items():
         found = read_scheduler({**SD, "_class_name": name})
         assert found.sampler == sampler and found.prediction == "eps" and found.offset == 1 and found.clip is None
         np.testing.assert_array_equal(found.schedule.alpha_bar, scaled_linear().alpha_bar)
         assert found.spacing == ("leading" if sampler in ("ddpm", "ddim") else "linspace")
         assert found.final == (sampler == "ddim")
-        replaced = name in ("PNDMScheduler", "LMSDiscreteScheduler")
-        assert found.note == (f"{name} is not here; dpm++2m draws in its place" if replaced else "")
+        assert found.note == (f"{name} is not here; {sampler} draws in its place" if name in REPLACED else "")
     assert set(SAMPLER_OF.values()) == set(SAMPLERS)
     for sampler in SAMPLERS:
         found = read_scheduler(SD, sampler)
@@ -110,6 +109,13 @@ def test_trained_betas():
         ({"rescale_betas_zero_snr": 1}, ["rescale_betas_zero_snr should be true or false"]),
         ({"thresholding": True, "secret": 7}, ["ddim would give other pictures", "thresholding = True", "secret = 7"]),
         ({"variance_type": "learned_range"}, ["variance_type = 'learned_range'"]),
+        ({"beta_start": 10**400}, ["beta_start should be a number"]),
+        ({"clip_sample_range": 10**400}, ["clip_sample_range should be a number"]),
+        ({"beta_end": math.inf}, ["beta_end should be a number"]),
+        ({"trained_betas": [10**400]}, ["too large"]),
+        ({"beta_start": 1e-17}, ["some of the image and make some noise; alpha_bar goes from 1 to"]),
+        ({"beta_start": 0.5, "beta_end": 0.9}, ["alpha_bar goes from 0.5 to 0"]),
+        ({"predict_epsilon": False}, ["predict_epsilon = False"]),
     ],
 )
 def test_a_bad_file_is_one_clear_sentence(settings, words):
@@ -126,6 +132,22 @@ def test_keys_count_only_where_they_change_the_result():
     with pytest.raises(UserError, match=r"solver_order = 3, lambda_min_clipped = -5\.1"):
         read_scheduler(settings)
     assert read_scheduler(settings, "ddim").sampler == "ddim"
+    for solver in ("bh1", "logrho", "midpoint"):
+        assert read_scheduler({**settings, "solver_order": 2, "lambda_min_clipped": "-inf", "solver_type": solver})
+    unipc = {**SD, "_class_name": "UniPCMultistepScheduler"}
+    assert read_scheduler({**unipc, "solver_type": "heun", "predict_epsilon": True}).sampler == "unipc"
+    for config, solver in ((unipc, "bh1"), ({**settings, "lambda_min_clipped": None, "solver_order": 2}, "heun")):
+        with pytest.raises(UserError, match=f"solver_type = '{solver}'; name another sampler"):
+            read_scheduler({**config, "solver_type": solver})
     assert read_scheduler({**settings, "solver_order": 2, "lambda_min_clipped": -math.inf}).sampler == "dpm++2m"
     with pytest.raises(UserError, match="'pndm' is not one of ddpm, ddim, euler"):
         read_scheduler(SD, "pndm")
+
+
+def test_a_replaced_class_may_have_settings_of_its_own():
+    settings = {**SD, "_class_name": "DPMSolverSinglestepScheduler", "solver_order": 3, "algorithm_type": "dpmsolver"}
+    found = read_scheduler(settings)
+    assert found.sampler == "dpm++2m" and "DPMSolverSinglestepScheduler is not here" in found.note
+    for changes in ({"thresholding": True}, {"secret": 7}):
+        with pytest.raises(UserError, match="would give other pictures"):
+            read_scheduler({**settings, **changes})

@@ -122,8 +122,13 @@ def test_shards(tmp_path):
 
 
 def test_half_precision_variants_are_taken_where_there_is_nothing_else(tmp_path):
+    save_file(arrays(np.float64), tmp_path / "w.non_ema.safetensors")
+    with pytest.raises(UserError, match=r"has no w\.safetensors but w\.non_ema\.safetensors; rename the one"):
+        open_weights(tmp_path, "w")
+    save_file(arrays(np.float16), tmp_path / "w.bf16.safetensors")
+    assert open_weights(tmp_path, "w")["conv.bias"].file.name == "w.bf16.safetensors"
     save_file(arrays(np.float16), tmp_path / "w.fp16.safetensors")
-    assert open_weights(tmp_path, "w")["conv.bias"].kind == "F16"
+    assert open_weights(tmp_path, "w")["conv.bias"].file.name == "w.fp16.safetensors"
     save_file(arrays(), tmp_path / "w.safetensors")
     assert open_weights(tmp_path, "w")["conv.bias"].kind == "F32"
 
@@ -135,6 +140,9 @@ def test_half_precision_variants_are_taken_where_there_is_nothing_else(tmp_path)
         ({"conv.weight": "/tmp/w.safetensors"}, "not a .safetensors file in its own folder"),
         ({"conv.weight": "sub/w.safetensors"}, "not a .safetensors file in its own folder"),
         ({"conv.weight": ".."}, "not a .safetensors file in its own folder"),
+        ({"conv.weight": "a\0.safetensors"}, "not a .safetensors file in its own folder"),
+        ({"conv.weight": "a\n.safetensors"}, "not a .safetensors file in its own folder"),
+        ({"conv.weight": "\ud800.safetensors"}, "not a .safetensors file in its own folder"),
         ({"conv.weight": "w.bin"}, "not a .safetensors file in its own folder"),
         ({"conv.weight": "gone.safetensors"}, "gone.safetensors is missing, truncated or damaged (No such file"),
         ({"other": "w-00001-of-00002.safetensors"}, "names what is not there: other in w-00001-of-00002.safetensors"),
@@ -283,6 +291,12 @@ def test_keys_of_today_and_of_other_attentions_stay():
     state = {name: np.zeros((1, 1, 3, 3)) for name in names}
     current = current_keys(state)
     assert list(current) == names and all(a.shape == (1, 1, 3, 3) for a in current.values())
+
+
+def test_an_older_bias_of_no_elements_is_no_bias():
+    """A shape with a 0 in it is not the shape without it: other bytes of the file would be read."""
+    older = {"mid_block.attentions.0.query.bias": np.zeros((8, 0, 1))}
+    assert current_keys(older)["mid_block.attentions.0.to_q.bias"].shape == (8, 0)
 
 
 def test_older_keys_beside_those_of_today_are_refused():

@@ -6,19 +6,23 @@ choices that our network has made. What is left is named, all of it in one error
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from minidiff.errors import UserError
+from minidiff.files import listed
 from minidiff.models import TextEncoderConfig, UNetConfig, VAEConfig
 
 Fits = Callable[[Any], bool]
 
 
 def _count(value: Any) -> bool:
-    return type(value) is int and value >= 1
+    return type(value) is int and 1 <= value <= 2**20
+
+
+def _layers(value: Any) -> bool:
+    return _count(value) and value <= 1000
 
 
 def _counts(value: Any) -> bool:
@@ -34,7 +38,7 @@ def _flag(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e9
 
 
 def _epsilon(value: Any) -> bool:
@@ -67,7 +71,7 @@ def _read(
         elif value != only[key]:
             wrong.append(f"{key} = {reprlib.repr(value)} (only {only[key]!r})")
     if wrong:
-        raise UserError(f"{source}: minidiff's {network} does not know {', '.join(wrong)}")
+        raise UserError(f"{source}: minidiff's {network} does not know {listed(wrong)}")
     return found
 
 
@@ -85,7 +89,7 @@ def _blocks(kinds: Mapping[str, str], without: str) -> Fits:
 
 
 _EITHER: dict[str, tuple[Any, Fits]] = {
-    "layers_per_block": (2, _count),
+    "layers_per_block": (2, _layers),
     "norm_num_groups": (32, _count),
     "norm_eps": (1e-5, _epsilon),
     "downsample_padding": (1, lambda value: type(value) is int and value in (0, 1)),
@@ -101,7 +105,7 @@ CONDITIONAL: dict[str, tuple[Any, Fits]] = {
     "up_block_types": (("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, _blocks(UP_BLOCKS, "self")),
     "cross_attention_dim": (1280, _count),
     "attention_head_dim": (8, _each_level),
-    "transformer_layers_per_block": (1, _each_level),
+    "transformer_layers_per_block": (1, lambda value: all(map(_layers, value)) if _counts(value) else _layers(value)),
     "use_linear_projection": (False, _flag),
     **_EITHER,
 }
@@ -137,9 +141,13 @@ ONLY_UNCONDITIONAL = {"_class_name": "UNet2DModel", "mid_block_type": "UNetMidBl
 """What else the files may say, and the one value that our U-Net has."""
 
 WITHOUT_EFFECT = frozenset(
-    ["addition_embed_type_num_heads", "dropout", "num_train_timesteps", "sample_size", "upcast_attention"]
-)
-"""Of training, of a feature that ONLY_CONDITIONAL refuses, of the pictures' usual size, and of float16."""
+    [
+        "addition_embed_type_num_heads", "dropout", "num_train_timesteps", "sample_size", "upcast_attention",
+        "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
+    ]
+)  # fmt: skip
+"""Of training and its moving average, of a feature that ONLY_CONDITIONAL refuses, of the pictures' usual size, and of
+float16."""
 
 
 def unet_config(theirs: Mapping[str, Any], source: str = "unet/config.json") -> UNetConfig:
@@ -166,6 +174,8 @@ def unet_config(theirs: Mapping[str, Any], source: str = "unet/config.json") -> 
         value = c[key]
         return tuple(value) if isinstance(value, (list, tuple)) else (value,) * len(channels)
 
+    if c["freq_shift"] >= channels[0] // 2:
+        raise UserError(f"{source}: freq_shift should be below {channels[0] // 2}, the number of waves of t")
     given = each_level("attention_head_dim")
     if len(given) != len(channels):
         raise UserError(f"{source}: attention_head_dim has {len(given)} entries for {len(channels)} levels")
@@ -245,7 +255,7 @@ TEXT: dict[str, tuple[Any, Fits]] = {
     "vocab_size": (49408, _count),
     "max_position_embeddings": (77, _count),
     "hidden_size": (512, _count),
-    "num_hidden_layers": (12, _count),
+    "num_hidden_layers": (12, _layers),
     "num_attention_heads": (8, _count),
     "intermediate_size": (2048, _count),
     "hidden_act": ("quick_gelu", _one_of("quick_gelu", "gelu")),
@@ -255,8 +265,8 @@ TEXT: dict[str, tuple[Any, Fits]] = {
 TEXT_WITHOUT_EFFECT = frozenset(
     [
         "architectures", "attention_dropout", "bos_token_id", "dropout", "dtype", "eos_token_id",
-        "initializer_factor", "initializer_range", "pad_token_id", "projection_dim", "torch_dtype",
-        "transformers_version",
+        "gradient_checkpointing", "initializer_factor", "initializer_range", "pad_token_id", "projection_dim",
+        "return_dict", "torch_dtype", "transformers_version", "use_cache",
     ]
 )  # fmt: skip
 """Keys about training, the tokenizer, file formats, and the pooled output, which is not computed here."""
@@ -310,7 +320,7 @@ AUTOENCODER: dict[str, tuple[Any, Fits]] = {
     "in_channels": (3, _count),
     "out_channels": (3, _count),
     "block_out_channels": ((64,), _counts),
-    "layers_per_block": (1, _count),
+    "layers_per_block": (1, _layers),
     "latent_channels": (4, _count),
     "norm_num_groups": (32, _count),
     "scaling_factor": (0.18215, _number),

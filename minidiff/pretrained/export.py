@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from minidiff import __version__
+from minidiff.config import SampleConfig
 from minidiff.errors import UserError
 from minidiff.files import whole_folder
 from minidiff.nn import Module
@@ -20,14 +21,15 @@ from minidiff.text.words import END, PAD, START
 from minidiff.text_to_image import TextToImage
 
 
-def export_folder(model: TextToImage, out: Path, clip: bool = True) -> None:
+def export_folder(model: TextToImage, out: Path, settings: SampleConfig | None = None) -> None:
     """Write unet/, text_encoder/, tokenizer/ and scheduler/ with float32 weights; `load_pipeline` reads them too.
 
-    clip: whether the predicted image is held within [-1, 1] in sampling. A folder that exists is not touched; none is
-    left behind where this fails. Raises UserError where diffusers has no such network.
+    settings: how to draw; steps, guidance and clip are kept, and the sampler is DDIM. A folder that exists is not
+    touched; none is left behind where this fails. Raises UserError where diffusers has no such network.
     """
     if out.exists():
         raise UserError(f"{out} exists; remove it or choose another folder")
+    settings = settings or SampleConfig()
     h, w, _ = model.latent_shape
     ids = model.tokenizer.ids
     unet = diffusers_unet_config(model.unet.config, (h, w))
@@ -36,6 +38,7 @@ def export_folder(model: TextToImage, out: Path, clip: bool = True) -> None:
         "_class_name": OURS,
         "_minidiff_version": __version__,
         "patch": model.diffusion.patch,
+        "sample": {"steps": settings.steps, "guidance": settings.guidance},
         "scheduler": ["diffusers", "DDIMScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
@@ -43,7 +46,7 @@ def export_folder(model: TextToImage, out: Path, clip: bool = True) -> None:
     }
     with whole_folder(out) as folder:
         _write_json(folder / "model_index.json", index)
-        _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(model, clip))
+        _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(model, settings.clip))
         _write_json(folder / "unet" / "config.json", unet)
         _write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", model.unet, str)
         _write_json(folder / "text_encoder" / "config.json", text)

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from minidiff import plotting
-from minidiff.backend import Array, array_module, to_numpy
+from minidiff.backend import Array, array_module, device_module, to_numpy
 from minidiff.diffusion import Guidance
 from minidiff.errors import UserError, UserNotice
 from minidiff.files import listed, read_json
@@ -40,6 +40,7 @@ UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 OURS = "MinidiffPipeline"
 PIPELINES = ("StableDiffusionPipeline", *UNCONDITIONAL, OURS)
 """The _class_name of a model_index.json."""
+LARGEST = 2**14  # pixels a side
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -50,24 +51,27 @@ class Pipeline:
     vae: None where the U-Net draws pixels, patch x patch of them as the channels of one position.
     text_encoder, tokenizer: None where it knows no words.
     scheduler: diffusers' scheduler_config.json, as a dict; the sampler is made of it at every call.
-    size: height and width of a picture, in pixels, unless the call says otherwise.
+    size: height and width of a picture, in pixels, unless the call says otherwise; None where the folder does not say.
+    steps, guidance: likewise.
     masked: whether the U-Net is kept from looking at padding. Stable Diffusion's was trained to look at it.
     """
 
     unet: UNet
     scheduler: dict[str, Any]
-    size: tuple[int, int]
+    size: tuple[int, int] | None
     text_encoder: TextEncoder | None = None
     tokenizer: CLIPTokenizer | WordTokenizer | None = None
     vae: VAE | None = None
     patch: int = 1
     masked: bool = False
+    steps: int = 20
+    guidance: float = 7.5
 
     def __call__(
         self,
         prompt: str | Sequence[str] = "",
-        steps: int = 20,
-        guidance: float | Guidance = 7.5,
+        steps: int | None = None,
+        guidance: float | Guidance | None = None,
         negative_prompt: str | Sequence[str] = "",
         seed: int = 0,
         sampler: str | None = None,
@@ -101,8 +105,8 @@ class Pipeline:
     def denoise(
         self,
         prompt: str | Sequence[str] = "",
-        steps: int = 20,
-        guidance: float | Guidance = 7.5,
+        steps: int | None = None,
+        guidance: float | Guidance | None = None,
         negative_prompt: str | Sequence[str] = "",
         seed: int = 0,
         sampler: str | None = None,
@@ -115,24 +119,32 @@ class Pipeline:
     ) -> Walk:
         """Walk from noise to latents, yielding every step; `decode` turns any of its arrays into images.
 
-        prompt: one or several; several are drawn together, in one batch. guidance: w, or a `Guidance` with rescaling or
-        an interval of t; 1 is none. negative_prompt: what stands in place of no text, one or one for each prompt.
-        sampler: one of `SAMPLERS`; None is the folder's own. size: the pictures' side, or (height, width), in pixels.
+        prompt: one or several; several are drawn together, in one batch. steps, guidance: None is the pipeline's own,
+        20 and 7.5 unless the folder says otherwise. guidance: w, or a `Guidance` with rescaling or an interval of t; 1
+        is none. negative_prompt: what stands in place of no text, one or one for each prompt. sampler: one of
+        `SAMPLERS`; None is the folder's own. size: the pictures' side, or (height, width), in pixels.
         latents: the starting noise (B, h, w, c), standard normal, B = prompts times count; sample i is otherwise drawn
         from (seed, i), whatever else is in the batch. noise(i): what a stochastic sampler adds at step i, shaped like
         the latents. eta: ddim's noise, 0..1.
         Raises UserError for what does not fit the model, before anything is computed. Warns of words that are cut off.
         """
-        sampling, timesteps = self._sampling(sampler, steps)
+        sampling, timesteps = self._sampling(sampler, self.steps if steps is None else steps)
+        guidance = self.guidance if guidance is None else guidance
+        if not isinstance(guidance, Guidance) and not _finite(guidance):
+            raise UserError(f"guidance must be a number or a Guidance, got {guidance!r:.40}")
         if eta and sampling.sampler != "ddim":
             raise UserError(f"eta is ddim's; {sampling.sampler} has none")
+        if not (_finite(eta) and 0 <= eta <= 1):
+            raise UserError(f"eta must be in 0..1, got {eta!r:.40}")
+        if not (_whole(seed) and 0 <= seed < 2**64):
+            raise UserError(f"the seed must be in 0..2^64 - 1, got {seed!r:.40}")
         prompts = self._texts(prompt)
-        if count < 1 or not prompts:
+        if not _whole(count) or count < 1 or not prompts:
             raise UserError(f"nothing to draw: {len(prompts)} prompts, {count} times")
+        negatives = self._negatives(negative_prompt, len(prompts), count)
         prompts = [text for text in prompts for _ in range(count)]
         shape = (len(prompts), *self._latent_shape(size, latents))
         x_T = self._noise(latents, seed, shape)
-        negatives = self._negatives(negative_prompt, prompts)
         cond = uncond = None
         if self.text_encoder is not None:
             cond, uncond = self.condition(prompts), self.condition(negatives)
@@ -140,7 +152,8 @@ class Pipeline:
         walk = SAMPLERS[sampling.sampler](
             _Network(self.unet), sampling.start(x_T, timesteps), cond, uncond,
             guidance if cond is not None else 1.0, timesteps, sampling.schedule,
-            noise or (lambda i: Draw(seed, range(len(prompts)), i + 1, Purpose.STEP_NOISE)),
+            (lambda i: Draw(seed, range(len(prompts)), i + 1, Purpose.STEP_NOISE)) if noise is None
+            else (lambda i: self._given(noise(i), shape, "noise")),
             clip=sampling.clip, prediction=sampling.prediction, **options,
         )  # fmt: skip
         return Walk(walk, len(timesteps) - 1)
@@ -189,8 +202,10 @@ class Pipeline:
         sampling = read_scheduler(self.scheduler, sampler)
         if sampling.note:
             warnings.warn(sampling.note, UserNotice, stacklevel=4)
+        if not _whole(steps):
+            raise UserError(f"steps must be a whole number, got {steps!r:.40}")
         try:
-            return sampling, sampling.timesteps(steps)
+            return sampling, sampling.timesteps(int(steps))
         except ValueError as e:
             raise UserError(str(e)) from e
 
@@ -204,21 +219,30 @@ class Pipeline:
                 raise UserError(f"this model does not know {listed(list(map(repr, unknown)))}")
         return texts
 
-    def _negatives(self, negative: str | Sequence[str], prompts: list[str]) -> list[str]:
+    def _negatives(self, negative: str | Sequence[str], prompts: int, count: int) -> list[str]:
         texts = self._texts(negative)
-        if not texts or len(prompts) % len(texts):
-            raise UserError(f"give one negative prompt, or one for each prompt; got {len(texts)}")
-        return [text for text in texts for _ in range(len(prompts) // len(texts))]
+        if len(texts) not in (1, prompts):
+            raise UserError(f"give one negative prompt, or one for each prompt; got {len(texts)} for {prompts}")
+        return [text for text in texts for _ in range(count * prompts // len(texts))]
 
     def _latent_shape(self, size: int | tuple[int, int] | None, latents: Array | None) -> tuple[int, int, int]:
         if latents is not None:
             if size is not None:
                 raise UserError("give the size or the latents, not both: the latents have a size")
-            h, w = latents.shape[1:3] if latents.ndim == 4 else (0, 0)
-            H, W = h * self._pixels, w * self._pixels
+            if getattr(latents, "ndim", None) != 4:
+                raise UserError(f"latents must be an array (B, h, w, c), got {_about(latents)}")
+            H, W = (n * self._pixels for n in latents.shape[1:3])
         else:
-            H, W = self.size if size is None else (size, size) if isinstance(size, int) else size
+            sides = self.size if size is None else size
+            H, W = sides if isinstance(sides, (tuple, list)) and len(sides) == 2 else (sides, sides)
+            if not (_whole(H) and _whole(W)):
+                told = "the folder does not say how large its pictures are: give a size" if sides is None else (
+                    f"size must be pixels, one number or (height, width), got {sides!r:.40}"
+                )  # fmt: skip
+                raise UserError(told)
         stride = self.stride
+        if max(H, W) > LARGEST:
+            raise UserError(f"sizes go up to {LARGEST} pixels a side, got {H}x{W}")
         if H < 1 or W < 1 or H % stride or W % stride:
             near = [max(1, round(n / stride)) * stride for n in (H, W)]
             raise UserError(
@@ -228,12 +252,25 @@ class Pipeline:
 
     def _noise(self, latents: Array | None, seed: int, shape: tuple[int, ...]) -> Array:
         if latents is None:
-            if not 0 <= seed < 2**64:
-                raise UserError(f"the seed must be in 0..2^64 - 1, got {seed}")
             return self.array_module.asarray(normal(seed, range(shape[0]), 0, Purpose.START_NOISE, shape[1:]))
-        if latents.shape != shape:
-            raise UserError(f"latents must be (B, h, w, c) = {shape} for these prompts, got {latents.shape}")
-        return self.array_module.asarray(latents, dtype=np.float32)
+        return self._given(latents, shape, "latents")
+
+    def _given(self, array: Any, shape: tuple[int, ...], name: str) -> Array:
+        if getattr(array, "shape", None) != shape:
+            raise UserError(f"{name} must be (B, h, w, c) = {shape} for these prompts, got {_about(array)}")
+        return self.array_module.asarray(array, dtype=np.float32)
+
+
+def _about(value: Any) -> str:
+    return str(getattr(value, "shape", type(value).__name__))
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and bool(np.isfinite(float(value)))
 
 
 class Walk(Iterator[SamplerStep]):
@@ -269,6 +306,10 @@ def load_pipeline(folder: str | Path, device: str = "cpu") -> Pipeline:
     one sentence naming the file, for what is missing, damaged, unknown or does not fit together.
     """
     folder = Path(folder)
+    try:
+        device_module(device)
+    except ValueError as e:
+        raise UserError(str(e)) from e
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name a model in diffusers' layout, with a model_index.json")
     index = read_json(folder / "model_index.json")
@@ -279,24 +320,38 @@ def load_pipeline(folder: str | Path, device: str = "cpu") -> Pipeline:
     parts += [] if kind in UNCONDITIONAL else ["text_encoder", "tokenizer"]
     parts += ["vae"] if kind == "StableDiffusionPipeline" else []
     _check_index(index, parts, folder)
+    if kind not in UNCONDITIONAL:
+        _check_folders(folder, parts)
 
-    unet, unet_file = _unet(folder)
+    unet, unet_file = _unet(folder, kind not in UNCONDITIONAL)
     text_encoder = tokenizer = vae = None
     if "text_encoder" in parts:
         text_encoder = _text_encoder(folder, unet)
         tokenizer = _tokenizer(_part(folder, "tokenizer"), text_encoder)
     if "vae" in parts:
         vae = _vae(folder, unet)
+    elif unet.config.in_channels != unet.config.out_channels:
+        channels = f"{unet.config.in_channels} channels in and {unet.config.out_channels} out"
+        raise UserError(f"{folder}: the U-Net has {channels}; one that also predicts a variance is not supported")
     patch = index.get("patch", 1) if kind == OURS else 1
     if type(patch) is not int or patch < 1 or unet.config.in_channels % patch**2:
         raise UserError(f"{folder}/model_index.json: patch cannot be {patch!r:.40}")
     pipeline = Pipeline(
-        unet, read_json(_part(folder, "scheduler") / "scheduler_config.json"), (0, 0), text_encoder, tokenizer, vae,
-        patch, masked=kind == OURS,
+        unet, read_json(_part(folder, "scheduler") / "scheduler_config.json"), None, text_encoder, tokenizer, vae,
+        patch, masked=kind == OURS, **(_settings(index, folder) if kind == OURS else {}),
     )  # fmt: skip
     pipeline.size = _size(read_json(unet_file), unet_file, pipeline._pixels)
-    read_scheduler(pipeline.scheduler)
+    read_scheduler(pipeline.scheduler, "euler_a")  # what no sampler can do without; the rest where one is chosen
     return pipeline.to(device)
+
+
+def _settings(index: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What our own folders say of how to draw."""
+    said = index.get("sample", {})
+    steps, guidance = (said.get("steps", 20), said.get("guidance", 7.5)) if isinstance(said, dict) else (0, 0)
+    if not _whole(steps) or steps < 1 or not _finite(guidance):
+        raise UserError(f"{folder}/model_index.json: sample should hold steps and guidance, not {said!r:.80}")
+    return {"steps": steps, "guidance": float(guidance)}
 
 
 def _check_index(index: dict[str, Any], parts: list[str], folder: Path) -> None:
@@ -308,16 +363,25 @@ def _check_index(index: dict[str, Any], parts: list[str], folder: Path) -> None:
         raise UserError(f"{folder}/model_index.json names {listed(more)}, of which minidiff knows nothing")
 
 
+def _check_folders(folder: Path, parts: list[str]) -> None:
+    missing = [f"{name}/" for name in parts if not (folder / name).is_dir()]
+    if missing:
+        raise UserError(f"{folder} has no {listed(missing)}; download the folder again, all of it")
+
+
 def _part(folder: Path, name: str) -> Path:
-    """The folder of a part; older ones of one part alone have its files beside model_index.json."""
+    """The folder of a part; models of pixels may have its files beside model_index.json."""
     return folder / name if (folder / name).is_dir() else folder
 
 
-def _unet(folder: Path) -> tuple[UNet, Path]:
+def _unet(folder: Path, conditional: bool) -> tuple[UNet, Path]:
     place = _part(folder, "unet")
     file = place / "config.json"
     config = read_json(file)
-    unet = UNet(unet_config(config, str(file)), seed=None)
+    ours = unet_config(config, str(file))
+    if conditional != ("cross" in (*ours.attention, ours.mid_attention)):
+        raise UserError(f"{file}: the U-Net is {config.get('_class_name')!r:.40}, which does not fit model_index.json")
+    unet = UNet(ours, seed=None)
     load_weights(unet, current_keys(open_weights(place, "diffusion_pytorch_model")), str(place))
     return unet, file
 
@@ -356,9 +420,13 @@ def _vae(folder: Path, unet: UNet) -> VAE:
     return vae
 
 
-def _size(config: dict[str, Any], file: Path, pixels: int) -> tuple[int, int]:
+def _size(config: dict[str, Any], file: Path, pixels: int) -> tuple[int, int] | None:
     size = config.get("sample_size")
+    if size is None:
+        return None
     sides: list[Any] = size if isinstance(size, list) else [size, size]
-    if len(sides) != 2 or any(type(n) is not int or n < 1 for n in sides):
-        raise UserError(f"{file}: sample_size should be a whole number or two, got {size!r:.40}")
+    if len(sides) != 2 or any(type(n) is not int or not 1 <= n * pixels <= LARGEST for n in sides):
+        raise UserError(
+            f"{file}: sample_size should be a whole number or two, up to {LARGEST} pixels, got {size!r:.40}"
+        )
     return sides[0] * pixels, sides[1] * pixels

@@ -11,6 +11,7 @@ import numpy as np
 
 from minidiff.backend import Array
 from minidiff.errors import UserError
+from minidiff.files import listed
 from minidiff.schedule import (
     SPACINGS,
     Schedule,
@@ -24,6 +25,7 @@ from minidiff.schedule import (
 
 V = TypeVar("V")
 
+LEAST = 1e-12  # of signal and of noise, as shares of the variance: beyond it float32 divides by 0
 SIGMA_SPACE = ("euler", "euler_a", "heun")  # diffusers walks these in x_t / sqrt(alpha_bar)
 MULTISTEP = ("dpm++2m", "unipc")
 
@@ -82,10 +84,22 @@ SAMPLER_OF = {
     "HeunDiscreteScheduler": "heun",
     "DPMSolverMultistepScheduler": "dpm++2m",
     "UniPCMultistepScheduler": "unipc",
-    "PNDMScheduler": "dpm++2m",  # this and the next are replaced
-    "LMSDiscreteScheduler": "dpm++2m",
 }
-REPLACED = ("PNDMScheduler", "LMSDiscreteScheduler")
+REPLACED = {
+    "PNDMScheduler": "dpm++2m",
+    "LMSDiscreteScheduler": "dpm++2m",
+    "DEISMultistepScheduler": "dpm++2m",
+    "DPMSolverSinglestepScheduler": "dpm++2m",
+    "KDPM2DiscreteScheduler": "dpm++2m",
+    "KDPM2AncestralDiscreteScheduler": "euler_a",
+    "DPMSolverSDEScheduler": "euler_a",
+}
+"""Classes that are not here, and the sampler that walks the same path, or adds noise as they do."""
+KNOWN = SAMPLER_OF | REPLACED
+OTHER_BETAS = (
+    "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler",
+)  # fmt: skip
+"""Where a file without betas means Stable Diffusion's."""
 
 READ = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
@@ -97,6 +111,8 @@ WITHOUT_EFFECT = (
     "tensor_format",
 )  # fmt: skip
 ONLY: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {  # key: (whose samplers' result it changes, what ours can)
+    "predict_epsilon": (tuple(SAMPLER_OF.values()), (True,)),
+    "denoise_final": (tuple(SAMPLER_OF.values()), (True,)),
     "variance_type": (tuple(SAMPLER_OF.values()), ("fixed_small", "fixed_small_log", "fixed_large")),
     "thresholding": (("ddpm", "ddim", *MULTISTEP), (False,)),
     "interpolation_type": (("euler",), ("linear",)),
@@ -121,24 +137,29 @@ ONLY: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {  # key: (whose samp
 }
 
 
+OTHERS_SOLVERS = {"dpm++2m": ("bh1", "bh2"), "unipc": ("midpoint", "heun", "logrho")}
+"""Values of solver_type that are another scheduler's; diffusers takes its own usual one instead."""
+
+
 def read_scheduler(config: Mapping[str, Any], sampler: str | None = None) -> Sampling:
     """Diffusers' scheduler_config.json, as a dict -> Sampling; `sampler` takes the place of the config's own.
 
-    What the file leaves open is as diffusers' scheduler for that sampler has it. Raises UserError for a class that has
-    no counterpart, for values that make no sense, and, by name, for keys that would change the result in unknown ways.
+    What the file leaves open is as diffusers' scheduler for that sampler has it. A class that is not here is replaced,
+    with a note, whatever its own solver's settings. Raises UserError for a class that has nothing like it, for values
+    that make no sense, and, by name, for keys that would change the result in unknown ways.
     """
     name = config.get("_class_name")
-    if not isinstance(name, str) or name not in SAMPLER_OF:
-        raise UserError(f"scheduler_config.json: {name!r} is not one of {', '.join(SAMPLER_OF)}")
+    if not isinstance(name, str) or name not in KNOWN:
+        raise UserError(f"scheduler_config.json: {name!r:.80} is not one of {', '.join(KNOWN)}")
     note = ""
     if sampler is None:
-        sampler = SAMPLER_OF[name]
+        sampler = KNOWN[name]
         note = f"{name} is not here; {sampler} draws in its place" if name in REPLACED else ""
     elif sampler not in SAMPLER_OF.values():
         raise UserError(f"sampler: {sampler!r} is not one of {', '.join(dict.fromkeys(SAMPLER_OF.values()))}")
-    _refuse_others(config, sampler)
+    _refuse_others(config, sampler, bool(note))
     prediction = _choice(config, "prediction_type", "epsilon", {"epsilon": "eps", "v_prediction": "v", "sample": "x0"})
-    schedule = _schedule(config, (0.00085, 0.012) if name == "HeunDiscreteScheduler" else (0.0001, 0.02))
+    schedule = _schedule(config, (0.00085, 0.012) if name in OTHER_BETAS else (0.0001, 0.02))
     if prediction == "eps" and schedule.alpha_bar[-1] == 0:
         raise UserError(
             "scheduler_config.json: a noise schedule that ends in noise alone (rescale_betas_zero_snr) needs "
@@ -167,17 +188,22 @@ def read_scheduler(config: Mapping[str, Any], sampler: str | None = None) -> Sam
     )
 
 
-def _refuse_others(config: Mapping[str, Any], sampler: str) -> None:
+def _refuse_others(config: Mapping[str, Any], sampler: str, replaced: bool) -> None:
     others = []
     for key, value in config.items():
         if value is None or key.startswith("_") or key in WITHOUT_EFFECT:
             continue
+        if replaced and key in ONLY and key != "thresholding":
+            continue
+        if key == "solver_type" and value in OTHERS_SOLVERS.get(sampler, ()):
+            continue
         samplers, known = ONLY.get(key, ((sampler,) if key not in READ else (), ()))
         if sampler in samplers and value not in known:
-            others.append(f"{key} = {value!r}")
+            others.append(f"{key} = {value!r:.80}")
     if others:
         raise UserError(
-            f"scheduler_config.json: with these minidiff's {sampler} would give other pictures: {', '.join(others)}"
+            f"scheduler_config.json: with these minidiff's {sampler} would give other pictures: {listed(others)}; "
+            "name another sampler"
         )
 
 
@@ -200,9 +226,15 @@ def _schedule(config: Mapping[str, Any], first_and_last_beta: tuple[float, float
         schedule = make(T, *ends) if betas is None else Schedule(np.asarray(betas, np.float64))
         if schedule.T != T:
             raise ValueError(f"num_train_timesteps is {T}, but there are {schedule.T} trained_betas")
-        return zero_terminal_snr(schedule) if rescale else schedule
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, OverflowError) as e:
         raise UserError(f"scheduler_config.json: {e}") from e
+    first, last = schedule.alpha_bar[[1, -1]]
+    if not (first <= 1 - LEAST and last >= LEAST):
+        raise UserError(
+            f"scheduler_config.json: the betas should leave some of the image and make some noise; alpha_bar goes from "
+            f"{first:g} to {last:g}"
+        )
+    return zero_terminal_snr(schedule) if rescale else schedule
 
 
 def _final(config: Mapping[str, Any], sampler: str) -> int:
@@ -215,16 +247,16 @@ def _final(config: Mapping[str, Any], sampler: str) -> int:
 
 def _value(config: Mapping[str, Any], key: str, default: V, kind: type[V]) -> V:
     value = default if config.get(key) is None else config[key]
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
-    if type(value) is not kind or value != value:
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-        raise UserError(f"scheduler_config.json: {key} should be {wanted}, got {value!r}")
+        raise UserError(f"scheduler_config.json: {key} should be {wanted}, got {value!r:.80}")
     return value
 
 
 def _choice(config: Mapping[str, Any], key: str, default: str, choices: Mapping[str, V]) -> V:
     value = default if config.get(key) is None else config[key]
     if not isinstance(value, str) or value not in choices:
-        raise UserError(f"scheduler_config.json: {key} should be one of {', '.join(choices)}, got {value!r}")
+        raise UserError(f"scheduler_config.json: {key} should be one of {', '.join(choices)}, got {value!r:.80}")
     return choices[value]

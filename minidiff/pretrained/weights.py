@@ -90,11 +90,14 @@ def open_weights(folder: Path, stem: str) -> dict[str, Stored]:
 
     Nothing but the headers is read. Raises UserError for what is missing, damaged, or only there as a pickle.
     """
-    for variant in ("", ".fp16"):
+    for variant in ("", ".fp16", ".bf16"):
         if (file := folder / f"{stem}{variant}.safetensors").exists():
             return _tensors(file)
         if (index := folder / f"{stem}.safetensors.index{variant}.json").exists():
             return _sharded(index)
+    others = sorted(file.name for file in folder.glob(f"{stem}.*.safetensors"))
+    if others:
+        raise UserError(f"{folder} has no {stem}.safetensors but {listed(others)}; rename the one that you mean")
     pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
     if pickles:
         raise UserError(
@@ -110,7 +113,7 @@ def _sharded(index: Path) -> dict[str, Stored]:
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise UserError(f"{index} has no weight_map of tensors and their files")
     for file in files.values():
-        if Path(file).name != file or not file.endswith(".safetensors"):
+        if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
             raise UserError(f"{index} names {file[:80]!r}, which is not a .safetensors file in its own folder")
     shards = {file: _tensors(index.parent / file) for file in sorted(set(files.values()))}
     missing = [f"{name} in {file}" for name, file in files.items() if name not in shards[file]]
@@ -194,7 +197,7 @@ def current_keys(state: Mapping[str, Any]) -> dict[str, Any]:
         if older:
             name = f"{name[: older.start(1)]}{_OLDER[older[1]]}.{older[2]}"
             if array.ndim > 2:
-                array = array.reshape([n for n in array.shape if n > 1])
+                array = array.reshape([n for n in array.shape if n != 1])
             if name in state:
                 raise UserError(f"the weights have {older[0][1:]} beside {name}, which is the same of today")
         current[name] = array

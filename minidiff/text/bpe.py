@@ -194,6 +194,8 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     named = {role: _content(config[key], folder) for role, key in roles.items() if config.get(key) is not None}
     added = config.get("added_tokens_decoder")
     others = {_content(token, folder) for token in added.values()} if isinstance(added, dict) else set()
+    older = folder / "added_tokens.json"  # token -> id
+    others |= set(read_json(older)) if older.exists() else set()
     others -= {START, END, *named.values()}
     if others:
         told = listed(sorted(map(repr, others)))
