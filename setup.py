@@ -7,7 +7,8 @@
 
 A module that cannot be built, for want of a compiler or for any other reason, is left out: the package installs all the
 same and computes with NumPy; `minidiff doctor` says so. MINIDIFF_MODULES=_cpu,_emulated builds these alone;
-MINIDIFF_ARCHITECTURES=90 compiles for that compute capability alone.
+MINIDIFF_ARCHITECTURES=90 compiles for that compute capability alone. `python setup.py in-place` puts the modules beside
+their Python in a clone and needs no setuptools.
 """
 
 from __future__ import annotations
@@ -21,9 +22,6 @@ import sysconfig
 from ctypes.util import find_library
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).absolute().parent
 CSRC = ROOT / "csrc"
@@ -67,25 +65,6 @@ class Module:
     def add(self, sources: list[Path], word: str, command: str) -> None:
         """Compile each source by the command."""
         self.objects += [(source, word, command) for source in sources]
-
-
-class Build(build_ext):
-    """build_ext, with ninja for the work and a warning for a failure."""
-
-    def run(self) -> None:
-        """Build what can be built here."""
-        folder = Path(self.build_temp).absolute()
-        targets = {name: Path(self.get_ext_fullpath(f"minidiff.{name}")).absolute() for name in MODULES}
-        build(targets, folder)
-        if self.inplace:
-            self.copy_extensions_to_source()
-
-    def copy_extensions_to_source(self) -> None:
-        """They were built there."""
-
-    def get_outputs(self) -> list[str]:
-        """The files that were made."""
-        return [name for name in super().get_outputs() if Path(name).exists()]
 
 
 def build(targets: dict[str, Path], folder: Path) -> None:
@@ -151,11 +130,16 @@ def compiler() -> str:
     raise RuntimeError("there is no C++ compiler (g++ or clang++)")
 
 
-def nvcc() -> str:
-    """NVIDIA's compiler: of $CUDA_HOME, of the path, of the toolkit's usual place, or of the wheel nvidia-cuda-nvcc."""
+def cuda_homes() -> list[Path]:
+    """Where NVIDIA's compiler may be: $CUDA_HOME, the toolkit's usual place, the wheel nvidia-cuda-nvcc."""
     homes = [Path(h) for h in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if h]
-    homes += [Path(p) / "nvidia" / "cu13" for p in sys.path]
-    found = [str(home / "bin" / "nvcc") for home in homes if (home / "bin" / "nvcc").is_file()]
+    packages = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]  # which pip hides from a build
+    return homes + [Path(p) / "nvidia" / "cu13" for p in packages]
+
+
+def nvcc() -> str:
+    """NVIDIA's compiler, of one of its homes or of the path."""
+    found = [str(home / "bin" / "nvcc") for home in cuda_homes() if (home / "bin" / "nvcc").is_file()]
     found += [path for path in [shutil.which("nvcc")] if path]
     if not found:
         raise RuntimeError("there is no nvcc (for a GPU: the CUDA toolkit, or pip install nvidia-cuda-nvcc)")
@@ -222,4 +206,37 @@ def checked() -> Module:
     return emulated("_checked", CHECKED)
 
 
-setup(ext_modules=[Extension(f"minidiff.{name}", [], optional=True) for name in MODULES], cmdclass={"build_ext": Build})
+def in_place() -> None:
+    """The modules beside minidiff's Python files, built where setuptools builds too."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    folder = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    build({name: ROOT / "minidiff" / f"{name}{suffix}" for name in MODULES}, folder)
+
+
+def package() -> None:
+    """What setuptools is asked to do, with ninja for the modules and a warning where one fails."""
+    from setuptools import Extension, setup
+    from setuptools.command.build_ext import build_ext
+
+    class Build(build_ext):
+        def run(self) -> None:
+            folder = Path(self.build_temp).absolute()
+            build({name: Path(self.get_ext_fullpath(f"minidiff.{name}")).absolute() for name in MODULES}, folder)
+            if self.inplace:
+                self.copy_extensions_to_source()
+
+        def copy_extensions_to_source(self) -> None:
+            """They were built there."""
+
+        def get_outputs(self) -> list[str]:
+            return [name for name in super().get_outputs() if Path(name).exists()]
+
+    extensions = [Extension(f"minidiff.{name}", [], optional=True) for name in MODULES]
+    setup(ext_modules=extensions, cmdclass={"build_ext": Build})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["in-place"]:
+        in_place()
+    else:
+        package()
