@@ -15,6 +15,9 @@ from minidiff.backend import MODULES, REFERENCE, active_kernels, fallbacks, miss
 from minidiff.config import presets
 
 REINSTALL = "pip install --force-reinstall minidiff, or pip install -e . in a clone"
+DRIVER = (
+    "sudo ubuntu-drivers install (Ubuntu), sudo apt install nvidia-driver (Debian), or https://www.nvidia.com/drivers"
+)
 
 
 def report() -> str:
@@ -61,30 +64,37 @@ def _emulator() -> str:
 
 def _gpu() -> list[str]:
     """What a GPU needs, in the order in which it is needed: a driver, CuPy, the compiled kernels."""
-    lines = []
-    driver = ctypes.util.find_library("cuda")
-    if not driver:
-        lines.append("NVIDIA driver: not here; for a GPU install it (https://www.nvidia.com/drivers)")
-    if importlib.util.find_spec("cupy") is None:
-        lines.append(
-            "CuPy: not installed; for a GPU: pip install 'minidiff[cuda13]', with an older driver 'minidiff[cuda12]'"
-        )
-    else:
-        lines.append(f"CuPy: {_cupy()}")
-    if importlib.util.find_spec("minidiff._cuda") is None:
-        lines.append(
-            "CUDA kernels: not built; for a GPU, with nvcc (the CUDA toolkit, or pip install nvidia-cuda-nvcc): "
-            f"{REINSTALL}; without them CuPy computes"
-        )
-    else:
-        lines.append("CUDA kernels: built")
-    return lines
+    lines = [] if ctypes.util.find_library("cuda") else [f"NVIDIA driver: not here; for a GPU: {DRIVER}"]
+    return [*lines, f"CuPy: {_cupy()}", f"CUDA kernels: {_cuda()}"]
 
 
 def _cupy() -> str:
+    if importlib.util.find_spec("cupy") is None:
+        return "not installed; for a GPU: pip install 'minidiff[cuda13]', with an older driver 'minidiff[cuda12]'"
     try:
         import cupy
 
         return f"{cupy.__version__}, {cupy.cuda.runtime.getDeviceCount()} GPU(s)"
-    except (ImportError, RuntimeError) as e:  # CUDARuntimeError is a RuntimeError
-        return f"installed, but no usable GPU ({e}); is the driver there, and as new as CuPy wants it?"
+    except ImportError as e:
+        return f"installed, but not usable ({e}): pip install --force-reinstall 'minidiff[cuda13]'"
+    except RuntimeError as e:  # CUDARuntimeError is one
+        older = "CuPy for an older one: pip uninstall cupy-cuda13x; pip install 'minidiff[cuda12]'"
+        return f"installed, but finds no usable GPU ({e}); a newer driver: {DRIVER}; or {older}"
+
+
+def _cuda() -> str:
+    if importlib.util.find_spec("minidiff._cuda") is None:
+        return (
+            "not built; for a GPU, with nvcc (the CUDA toolkit, or pip install nvidia-cuda-nvcc): "
+            f"{REINSTALL}; without them CuPy computes"
+        )
+    try:
+        from minidiff import _cuda
+
+        sm = _cuda.compute_capability()
+    except ImportError as e:
+        return f"built, but not usable ({e}): {REINSTALL}"
+    except RuntimeError as e:
+        older = "kernels for an older one, by its nvcc: CUDA_HOME=/usr/local/cuda-12 pip install -e . in a clone"
+        return f"built, but find no usable GPU ({e}); a newer driver: {DRIVER}; or {older}"
+    return f"built, on a GPU of compute capability {sm // 10}.{sm % 10}"
