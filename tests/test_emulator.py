@@ -667,6 +667,17 @@ def test_a_launch_that_cannot_be(libraries, build):
     library.options()
 
 
+def test_a_line_without_a_barrier_cannot_be_skipped(checked, rng):
+    """A line that has moved must not pass for a barrier that is not missed."""
+    groupnorm(checked, rng)
+    [line, *_] = [int(line) for _, _, line, _ in checked.table("sync_table")]
+    checked.c.skip.restype = ctypes.c_char_p
+    assert checked.c.skip(b"right.cu", line) is None
+    for file, other in ((b"right.cu", 1), (b"wrong.cu", line)):
+        said = f"no kernel that ran has synchronised at {file.decode()}:{other}; sync_points() lists where"
+        assert checked.c.skip(file, other).decode() == said
+
+
 def test_early_returns_can_be_allowed(libraries):
     library, a = libraries["bugs-checked"], blank(128)
     library.options(early_return=True)

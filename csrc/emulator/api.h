@@ -51,7 +51,7 @@ std::vector<Count> counts();  // by kernel, in the order of their first launch
 void reset_counts();
 
 // Where kernels synchronised: barriers, __syncwarp and the waits of cp.async. skip_sync makes one of them do nothing from
-// now on: a test must notice. An empty file ends all skipping.
+// now on: a test must notice. It refuses a line where no kernel that ran has synchronised. An empty file ends all skipping.
 struct SyncPoint {
   std::string what, file;  // the file without its folders
   int line;

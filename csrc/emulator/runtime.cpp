@@ -622,8 +622,14 @@ std::vector<SyncPoint> sync_points() {
 
 void skip_sync(const std::string& file, int line) {
   std::lock_guard<std::mutex> guard(m.lock);
-  if (file.empty()) m.skipped.clear();
-  else m.skipped.push_back({file, line});
+  if (file.empty()) return m.skipped.clear();
+  bool known = std::any_of(m.sync_points.begin(), m.sync_points.end(), [&](const auto& point) {
+    return point.first.second == line && base_name(point.first.first) == file;
+  });
+  if (!known)
+    throw std::invalid_argument("no kernel that ran has synchronised at " + file + ":" + std::to_string(line) +
+                                "; sync_points() lists where");
+  m.skipped.push_back({file, line});
 }
 
 Options options() {

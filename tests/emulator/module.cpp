@@ -26,19 +26,26 @@ EXPORT void set_options(int order, uint64_t seed, int poison, int early_return, 
 
 EXPORT int is_checked() { return checked(); }
 
-EXPORT const char* add_array(const void* p, size_t bytes, const char* name, int writable, int undefined) {
+template <class F>
+const char* caught(F f) {
   try {
-    add_buffer(p, bytes, name, writable, undefined ? Content::undefined : Content::defined);
+    f();
     return nullptr;
   } catch (const std::exception& e) {
     text = e.what();
     return text.c_str();
   }
 }
+
+EXPORT const char* add_array(const void* p, size_t bytes, const char* name, int writable, int undefined) {
+  return caught([&] { add_buffer(p, bytes, name, writable, undefined ? Content::undefined : Content::defined); });
+}
 EXPORT void remove_array(const void* p) { remove_buffer(p); }
 
 EXPORT void reset() { reset_counts(); }
-EXPORT void skip(const char* file, int line) { skip_sync(file, line); }
+EXPORT const char* skip(const char* file, int line) {
+  return caught([&] { skip_sync(file, line); });
+}
 EXPORT void profile_on(int records, uint64_t block) { start_profile(records, block); }
 EXPORT void profile_off() { stop_profile(); }
 
