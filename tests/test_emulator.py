@@ -667,6 +667,36 @@ def test_a_launch_that_cannot_be(libraries, build):
     library.options()
 
 
+def test_a_kernels_fault_is_not_blamed_on_the_next_kernel(libraries):
+    """CUDA tells of a fault at the next call, which may be the launch of another kernel."""
+    library = libraries["bugs-fast"]
+    earlier = "in this kernel or in one before it: CUDA_LAUNCH_BLOCKING=1 tells in which"
+    library.call("run_check", 0)
+    for error in (700, 702, 710, *range(714, 720)):  # an illegal address, a timeout, an assert, .. any other failure
+        with pytest.raises(KernelError, match=rf"nothing: .*, {earlier}; launched with grid \(1, 1, 1\)"):
+            library.call("run_check", error)
+    for error in (1, 2, 9, 101):  # what a launch itself is refused for
+        with pytest.raises(KernelError, match=r"nothing: .*launched with grid") as caught:
+            library.call("run_check", error)
+        assert earlier not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "dynamic, static, allowed, wanted",
+    [
+        (32, 16, 48, False),  # all that every kernel has
+        (40, 16, 48, True),  # where `allowed` counts the static memory in
+        (40, 16, 32, True),  # where it does not
+        (64, 0, 48, True),
+        (64, 16, 64, False),  # asked for before
+        (60, 16, 64, False),
+        (80, 16, 64, True),
+    ],
+)
+def test_when_shared_memory_is_asked_for(libraries, dynamic, static, allowed, wanted):
+    assert libraries["bugs-fast"].c.must_ask(dynamic << 10, static << 10, allowed << 10) == wanted
+
+
 def test_a_line_without_a_barrier_cannot_be_skipped(checked, rng):
     """A line that has moved must not pass for a barrier that is not missed."""
     groupnorm(checked, rng)

@@ -24,6 +24,14 @@
 
 namespace minidiff::cuda {
 
+// CUDA's words. A kernel's fault is told by whatever is asked of the device next, and a launch is not waited for.
+inline std::string text_of(cudaError_t error) {
+  bool fault = error == cudaErrorIllegalAddress || error == cudaErrorLaunchTimeout || error == cudaErrorAssert ||
+               (error >= cudaErrorHardwareStackError && error <= cudaErrorLaunchFailure);
+  return cudaGetErrorString(error) +
+         std::string(fault ? ", in this kernel or in one before it: CUDA_LAUNCH_BLOCKING=1 tells in which" : "");
+}
+
 struct Configuration {
   const char* kernel;
   dim3 grid, block;
@@ -41,28 +49,44 @@ struct Configuration {
   void check(cudaError_t error) const {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // forgets it: the next launch has nothing to do with it
-    fail(cudaGetErrorString(error));
+    fail(text_of(error));
   }
 };
 
-// What the device in use says of itself.
-inline int device_attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, which, device);
-  if (error == cudaSuccess) return value;
+inline void check_asked(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
   cudaGetLastError();
-  throw std::runtime_error(std::string("cudaDeviceGetAttribute: ") + cudaGetErrorString(error));
+  throw std::runtime_error(std::string(what) + ": " + text_of(error));
 }
 
-// A kernel's static and dynamic shared memory are 48 KiB together at most, unless more is asked for as here.
+inline int device_in_use() {
+  int device = 0;
+  check_asked(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+// What the device in use says of itself.
+inline int device_attribute(cudaDeviceAttr which) {
+  int value = 0;
+  check_asked(cudaDeviceGetAttribute(&value, which, device_in_use()), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// A kernel's static and dynamic shared memory are 48 KiB together at most, unless more was asked for. `allowed`, what may be
+// dynamic, is 48 KiB before anybody asked, or these less the static ones.
+inline bool must_ask_for_shared_memory(size_t dynamic_bytes, size_t static_bytes, size_t allowed) {
+  constexpr size_t EVERYBODYS = 48 << 10;
+  bool asked = allowed > EVERYBODYS;
+  return dynamic_bytes > allowed || (!asked && static_bytes + dynamic_bytes > EVERYBODYS);
+}
+
 template <class... P>
 void allow_shared_memory(const Configuration& c, void (*kernel)(P...)) {
   if (!c.shared_bytes) return;
   auto function = reinterpret_cast<const void*>(kernel);
   cudaFuncAttributes of;
   c.check(cudaFuncGetAttributes(&of, function));
-  if (c.shared_bytes <= size_t(of.maxDynamicSharedSizeBytes)) return;
+  if (!must_ask_for_shared_memory(c.shared_bytes, of.sharedSizeBytes, size_t(of.maxDynamicSharedSizeBytes))) return;
   size_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (c.shared_bytes + of.sharedSizeBytes > limit)
     c.fail("the device has at most " + std::to_string(limit) + " bytes of shared memory for a block, and the kernel's " +

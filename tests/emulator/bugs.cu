@@ -360,5 +360,11 @@ FUNCTION(run_not_asked, (float* p),
          minidiff::emulator::launch_kernel("both_kinds", both_kinds<16384>, 1, 32, 44 << 10, 0, p))
 #endif
 
+// What a GPU says, which the emulator does not.
+FUNCTION(run_check, (int error), minidiff::cuda::Configuration{"nothing", 1, 32, 0}.check(cudaError_t(error)))
+EXPORT int must_ask(int dynamic_bytes, int static_bytes, int allowed) {
+  return minidiff::cuda::must_ask_for_shared_memory(dynamic_bytes, static_bytes, allowed);
+}
+
 FUNCTION(run_no_blocks, (float* p), LAUNCH(nothing, 0, 32, 0, 0, p))
 FUNCTION(run_fine, (float* p), LAUNCH(nothing, 1, 32, 0, 0, p))
