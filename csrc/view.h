@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace minidiff {
@@ -31,11 +32,17 @@ struct View {
     for (int64_t s : shape) n *= s;
     return n;
   }
-  // From the first byte to behind the last, for strides that are not negative.
-  int64_t extent() const {
-    int64_t last = 0;
-    for (size_t i = 0; i < shape.size(); i++) last += (shape[i] - 1) * strides[i];
-    return size() ? last + 4 : 0;
+  // The lowest byte and the one behind the highest, counted from `data`, which negative strides leave backwards.
+  std::pair<int64_t, int64_t> reach() const {
+    int64_t low = 0, high = 0;
+    if (!size()) return {0, 0};
+    for (size_t i = 0; i < shape.size(); i++) (strides[i] < 0 ? low : high) += (shape[i] - 1) * strides[i];
+    return {low, high + 4};
+  }
+  bool between_floats() const {  // is any element at an address that is no float's?
+    bool any = reinterpret_cast<uintptr_t>(data) % 4;
+    for (size_t i = 0; i < shape.size(); i++) any |= shape[i] > 1 && strides[i] % 4;
+    return any && size();
   }
   bool contiguous() const {
     if (size() == 0) return true;
@@ -81,6 +88,7 @@ struct Check {
     for (size_t i = 0; fits && i < shape.size(); i++) fits = shape[i] == ANY || shape[i] == v.shape[i];
     if (!fits) fail(name, "must have shape " + shape_text(shape) + ", got " + shape_text(v.shape));
     if (contiguous && !v.contiguous()) fail(name, "must be contiguous, in C order");
+    if (v.between_floats()) fail(name, "must have every element at a multiple of 4 bytes; copy it");
     if (on_array) on_array(v, name, use);
   }
   const float* in(const View& v, const char* name, std::vector<int64_t> shape) const {

@@ -2,11 +2,19 @@
 
 import importlib
 import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import no_gpu
 
+from minidiff import diffusion, optim  # noqa: F401 - they enter their ops in the table
+from minidiff.backend import fallbacks, missing
+
+CSRC = Path(__file__).parents[1] / "csrc"
 SAME = ((1, 1), (1, 1))
 MODULES = [name for name in ("_cpu", "_emulated", "_checked") if importlib.util.find_spec(f"minidiff.{name}")]
 if not MODULES:
@@ -38,6 +46,15 @@ def gapped(a):
     return np.repeat(a, 2, axis=-1)[..., ::2]
 
 
+def between_floats(a):
+    """At an address that is no float's."""
+    raw = np.empty(a.nbytes + 8, np.uint8)
+    start = -raw.ctypes.data % 4 + 1
+    odd = raw[start : start + a.nbytes].view(np.float32).reshape(a.shape)
+    odd[...] = a
+    return odd
+
+
 def read_only(a):
     a = a.copy()
     a.flags.writeable = False
@@ -53,6 +70,8 @@ SPOILED = [
     ("x", lambda a: a[0], "x must have shape"),
     ("w", lambda a: a[..., :2, :].copy(), "w must have shape"),
     ("y", lambda a: a[..., :4].copy(), "y must have shape"),
+    ("x", between_floats, "x must have every element at a multiple of 4 bytes; copy it"),
+    ("y", between_floats, "y must have every element at a multiple of 4 bytes; copy it"),
     ("y", read_only, "y is read-only"),
     ("y", lambda a: None, "y is missing"),
 ]
@@ -90,6 +109,36 @@ def test_a_bad_setting_of_a_convolution_is_named(module, name, value, words):
         module.conv2d_forward(*given.values())
 
 
+def attention(module, bias):
+    """y of two tokens that attend to two, with a bias (1, 1, 2, 2) as it lies in memory."""
+    q = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
+    y = np.empty_like(q)
+    module.attention_forward(y, None, q, q, q, bias, 1, 0.3, False)
+    return y
+
+
+def test_a_bias_may_have_any_strides_of_whole_floats(module):
+    values = np.array([[0.5, -1], [2, 0.1]], np.float32)
+    apart, backwards = np.zeros((4, 6), np.float32), values[::-1, ::-1].copy()
+    apart[::2, ::3] = values
+    wanted = attention(module, values[None, None])
+    for bias in (apart[::2, ::3], backwards[::-1, ::-1], np.asfortranarray(values)):
+        np.testing.assert_array_equal(attention(module, bias[None, None]), wanted)
+    np.testing.assert_array_equal(
+        attention(module, np.broadcast_to(values[:1], (1, 1, 2, 2))),
+        attention(module, values[[0, 0]][None, None]),
+    )
+
+
+def test_a_bias_between_floats_is_named(module):
+    records = np.zeros(4, np.dtype([("bias", "f4"), ("other", "u1")]))
+    for bias in (records["bias"].reshape(1, 1, 2, 2), between_floats(np.zeros((1, 1, 2, 2), np.float32))):
+        with pytest.raises(
+            ValueError, match="attention_forward: bias must have every element at a multiple of 4 bytes"
+        ):
+            attention(module, bias)
+
+
 class OnTheGpu:
     """What CuPy's arrays have."""
 
@@ -124,8 +173,59 @@ def test_lists_of_an_optimizer_that_do_not_fit(module):
         module.adamw_update(*good, [0.0], numbers[:7])
 
 
+UNFUSED = {"embedding_forward", "embedding_backward", "softmax_forward", "softmax_backward"}
+UNFUSED |= {"upsample_nearest_forward", "upsample_nearest_backward"}  # nothing that takes time
+FALLBACKS = {
+    "cpu": UNFUSED | {"q_sample_drawn", "reverse_step_drawn"},  # noise is drawn beside training, and the step is fused
+    **dict.fromkeys(("emulated", "checked", "cuda"), UNFUSED | {"orthogonalised"}),
+}
+"""The ops that each kind leaves to the reference; doctor lists the same."""
+
+
+@pytest.mark.parametrize("kind", FALLBACKS)
+def test_what_is_left_to_the_reference(kind):
+    reason = no_gpu() if kind == "cuda" else missing.get(kind)
+    if reason:
+        pytest.skip(reason)
+    assert set(fallbacks(kind)) == FALLBACKS[kind]
+
+
+ANOTHER_GPU = """
+#include <cstdio>
+#include "view.h"
+int minidiff::ordinal_in_use() { return 0; }
+int main() {
+  minidiff::View v;
+  v.given = true, v.device = minidiff::Device::cuda, v.dtype = minidiff::DType::f32, v.ordinal = 1;
+  try {
+    minidiff::Check{"add"}.in(v, "a", {});
+  } catch (const std::invalid_argument& e) {
+    puts(e.what());
+  }
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ here")
+def test_an_array_on_another_gpu_is_named(tmp_path):
+    """By the checks of a module for GPUs, of which one is enough."""
+    source, program = tmp_path / "another.cpp", tmp_path / "another"
+    source.write_text(ANOTHER_GPU)
+    command = ["g++", "-std=c++17", "-DMINIDIFF_DEVICE=cuda", f"-I{CSRC}", source, "-o", program]
+    subprocess.run(command, check=True)
+    said = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    assert said == "add: a is on GPU 1, but GPU 0 is in use\n"
+
+
+def on_another_gpu(a):
+    """CuPy's array, as one of a second GPU says of itself."""
+    return SimpleNamespace(__cuda_array_interface__=a.__cuda_array_interface__, device=SimpleNamespace(id=1))
+
+
 @pytest.mark.skipif(no_gpu() is not None, reason=str(no_gpu()))
-def test_the_gpus_kernels_refuse_what_lies_elsewhere():
+def test_cuda_refuses_what_lies_elsewhere():
+    if importlib.import_module("cupy").__spec__ is None:
+        pytest.skip("the arrays of CuPy's stand-in are in the computer's memory")
     cupy, cuda = importlib.import_module("cupy"), importlib.import_module("minidiff._cuda")
     given = {
         name: cupy.asarray(a) if isinstance(a, np.ndarray) else a for name, a in arguments()["linear_forward"].items()
@@ -135,6 +235,7 @@ def test_the_gpus_kernels_refuse_what_lies_elsewhere():
         ("x", lambda a: a.get(), "x must be on the GPU"),
         ("x", lambda a: a.astype(np.float64), "x must be float32, got <f8"),
         ("x", lambda a: cupy.repeat(a, 2, axis=-1)[..., ::2], "x must be contiguous"),
+        ("x", on_another_gpu, "x is on GPU 1, but GPU 0 is in use"),
         ("w", lambda a: a[0], "w must have shape"),
         ("y", lambda a: None, "y is missing"),
     ]:

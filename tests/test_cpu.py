@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import assert_close
 
-from minidiff.backend import MODULES, REFERENCE, fallbacks, kernels
+from minidiff.backend import MODULES, REFERENCE, kernels
 from minidiff.threads import num_threads, set_num_threads
 
 _cpu = pytest.importorskip("minidiff._cpu", reason="the compiled kernels are not built here; see: minidiff doctor")
@@ -337,14 +337,6 @@ def test_the_reference_can_be_chosen_from_outside():
         environment = {**os.environ, "MINIDIFF_KERNELS": wanted}
         out = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
         assert out.stdout == f"{wanted}\n"
-
-
-def test_what_is_left_to_the_reference():
-    """Nothing that takes time: doctor lists the same."""
-    left = {"embedding_forward", "embedding_backward", "softmax_forward", "softmax_backward"}
-    left |= {"upsample_nearest_forward", "upsample_nearest_backward"}
-    left |= {"q_sample_drawn", "reverse_step_drawn"}  # noise is drawn beside training, and the step is fused
-    assert set(fallbacks("cpu")) == left & set(REFERENCE)
 
 
 # ---- arguments

@@ -17,9 +17,11 @@ thread_local std::vector<const void*> arrays_of_call;
 void watch(const View& v, const char* name, Use use) {
   if (!v.size()) return;
   using emulator::Content;
-  emulator::add_buffer(v.data, (size_t)v.extent(), name, use != Use::input,
+  auto [low, high] = v.reach();
+  const char* start = static_cast<const char*>(v.data) + low;
+  emulator::add_buffer(start, size_t(high - low), name, use != Use::input,
                        use == Use::output ? Content::undefined : Content::defined);
-  arrays_of_call.push_back(v.data);
+  arrays_of_call.push_back(start);
 }
 
 emulator::Order order_of(const std::string& name) {
