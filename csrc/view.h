@@ -69,11 +69,14 @@ inline std::string shape_text(const std::vector<int64_t>& shape) {
   return s + (shape.size() == 1 ? ",)" : ")");
 }
 
+inline thread_local const char* op_in_use = "";  // of this thread: the last whose arguments were checked
+
 // Throws std::invalid_argument, which says which argument of which op wanted what.
 struct Check {
   const char* op;
   Device device = Device::MINIDIFF_DEVICE;
 
+  explicit Check(const char* op) : op(op) { op_in_use = op; }
   [[noreturn]] void fail(const char* name, const std::string& what) const {
     throw std::invalid_argument(std::string(op) + ": " + name + " " + what);
   }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +18,31 @@ def _begin() -> None:
     _cuda.set_stream(cupy.cuda.get_current_stream().ptr)
 
 
+class _Kernels:
+    """The module's. One that finds no memory runs again when CuPy has given back what it keeps for later arrays.
+
+    It may have begun: what it had written to its outputs it overwrites. Those that update arrays need no memory.
+    """
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        kernel = getattr(_cuda, name)
+
+        @wraps(kernel)
+        def call(*args: Any) -> Any:
+            try:
+                return kernel(*args)
+            except MemoryError:
+                cupy.get_default_memory_pool().free_all_blocks()
+                return kernel(*args)
+
+        setattr(self, name, call)
+        return call
+
+
 @cache
 def kinds() -> dict[str, SimpleNamespace]:
     """The kind "cuda"; ImportError without CuPy or the module."""
-    return {"cuda": offered(Compiled(_cuda, cupy, _begin), module=_cuda)}
+    return {"cuda": offered(Compiled(_Kernels(), cupy, _begin), module=_cuda)}
 
 
 class Captured:
@@ -38,6 +59,7 @@ class Captured:
         self.inputs: list[Array | None] = []
         self.results: Any = None
         self.graph: Any = None
+        self.stream: Any = None  # of the recording, on whose workspace the graph works: no other may take its place
 
     def __call__(self, *inputs: Array | None) -> Any:
         """The function's results."""
@@ -55,7 +77,7 @@ class Captured:
         """Run the function once, a rehearsal, and record it; for functions whose first run needs inputs of its own."""
         self.inputs = [None if a is None else a.copy() for a in inputs]
         cupy.cuda.runtime.deviceSynchronize()  # these copies were made on another stream
-        stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream = stream = cupy.cuda.Stream(non_blocking=True)
         with stream, cupy.cuda.using_allocator(self.memory.malloc):
             self.function(*self.inputs)  # compiles, loads and allocates what a capture could not
             stream.begin_capture()

@@ -1017,11 +1017,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<N, OF>)
 #endif
 }
 
-// What a block may have, of which one fits on a multiprocessor.
-size_t shared_limit() {
-  int sm = compute_capability();
-  return sm >= 90 ? 227 << 10 : sm == 80 || sm == 87 ? 163 << 10 : sm >= 80 ? 99 << 10 : 64 << 10;
-}
+size_t shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 // Are all rows of all heads on multiples of 16 bytes?
 bool aligned(const Attention& a) {

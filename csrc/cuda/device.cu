@@ -1,10 +1,13 @@
-// The device in use, the stream of the present call (a thread's own), and the workspace: memory that grows where it must and
-// is then kept.
+// The device in use, the stream of the present call (a thread's own), and workspaces: memory that grows where it must and is
+// then kept.
 #include <algorithm>
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <thread>
+#include <tuple>
 
+#include "../view.h"
 #include "ladder.h"
 #include "stream.h"
 
@@ -18,12 +21,24 @@ struct Workspace {
 };
 
 thread_local cudaStream_t current = nullptr;
-std::map<int, Workspace> workspaces;  // by device
 
-void check(cudaError_t e, const char* what) {
-  if (e == cudaSuccess) return;
+// By device and stream, on which one kernel runs after the other: ops on two of them must not write into each other's. Every
+// thread has a cudaStreamPerThread of its own. No lock: calls run one at a time (device.h).
+std::map<std::tuple<int, cudaStream_t, std::thread::id>, Workspace> workspaces;
+
+Workspace& workspace_in_use() {
+  auto thread = current == cudaStreamPerThread ? std::this_thread::get_id() : std::thread::id();
+  return workspaces[{ordinal_in_use(), current, thread}];
+}
+
+// Null where there is no room.
+float* allocated(size_t floats) {
+  float* data = nullptr;
+  cudaError_t e = cudaMalloc(&data, floats * sizeof(float));
+  if (e == cudaSuccess) return data;
   cudaGetLastError();  // told here: the next launch has nothing to do with it
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(e));
+  if (e == cudaErrorMemoryAllocation) return nullptr;
+  throw std::runtime_error(std::string(op_in_use) + ": cudaMalloc of a workspace: " + text_of(e));
 }
 
 }  // namespace
@@ -32,13 +47,17 @@ cudaStream_t stream() { return current; }
 void set_stream(uintptr_t s) { current = reinterpret_cast<cudaStream_t>(s); }
 
 float* workspace(size_t floats) {
-  Workspace& w = workspaces[ordinal_in_use()];
-  if (w.floats < floats) {
-    // what it was stays: a CUDA graph may hold on to it. Doubling, so that all of them together are twice the last at most.
-    floats = std::max(floats, 2 * w.floats);
-    check(cudaMalloc(&w.data, floats * sizeof(float)), "cudaMalloc of a workspace");
-    w.floats = floats;
-  }
+  Workspace& w = workspace_in_use();
+  if (w.floats >= floats) return w.data;
+  // what it was stays: a CUDA graph may hold on to it. Doubling where there is room, so that all of them together are twice
+  // the last at most.
+  Workspace grown{nullptr, std::max(floats, 2 * w.floats)};
+  grown.data = allocated(grown.floats);
+  if (!grown.data && grown.floats > floats) grown = {allocated(floats), floats};
+  if (!grown.data)
+    throw OutOfMemory(std::string(op_in_use) + ": the GPU has no " + std::to_string(floats * sizeof(float)) +
+                      " bytes left to work in");
+  w = grown;
   return w.data;
 }
 
@@ -49,10 +68,6 @@ int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount);
 
 }  // namespace cuda
 
-int ordinal_in_use() {
-  int device = 0;
-  cuda::check(cudaGetDevice(&device), "cudaGetDevice");
-  return device;
-}
+int ordinal_in_use() { return cuda::device_in_use(); }
 
 }  // namespace minidiff

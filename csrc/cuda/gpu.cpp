@@ -1,13 +1,11 @@
-// What minidiff._cuda offers beside the ops: the stream of the present call.
+// minidiff._cuda has nothing to do around a call, and offers nothing that is not in module.cpp.
 #include "device.h"
 
 namespace minidiff::cuda {
 
-void set_stream(uintptr_t);  // device.cu
-
 Call::Call() = default;
 Call::~Call() = default;
 
-void bind_device(pybind11::module_& m) { m.def("set_stream", &set_stream); }
+void bind_device(pybind11::module_&) {}
 
 }  // namespace minidiff::cuda

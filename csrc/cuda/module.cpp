@@ -45,5 +45,6 @@ PYBIND11_MODULE(MINIDIFF_MODULE, m) {
   m.def("allowed", [] { return name_of(cuda::allowed()); });
   m.def("compute_capability", &cuda::compute_capability);
   m.def("multiprocessors", &cuda::multiprocessors);
+  m.def("set_stream", &cuda::set_stream);
   cuda::bind_device(m);
 }

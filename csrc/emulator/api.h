@@ -43,6 +43,8 @@ struct Buffer {
   const void* p;
 };
 
+size_t device_bytes();  // what cudaMalloc has given and cudaFree not taken back
+
 struct Count {
   std::string kernel;
   uint64_t launches = 0, blocks = 0, threads = 0, barriers = 0, collectives = 0, switches = 0;

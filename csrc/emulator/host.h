@@ -55,7 +55,7 @@ struct cudaDeviceProp {
   int warpSize = 32;
   int maxThreadsPerBlock = 1024, maxThreadsPerMultiProcessor = 2048;
   size_t sharedMemPerBlock = 48 << 10, sharedMemPerBlockOptin = 227 << 10, sharedMemPerMultiprocessor = 228 << 10;
-  size_t totalGlobalMem = size_t(16) << 30;
+  size_t totalGlobalMem = size_t(16) << 30;  // what cudaMalloc gives altogether
   int l2CacheSize = 50 << 20;
 };
 

@@ -10,6 +10,13 @@ namespace {
 
 Machine& m = machine;
 
+size_t bytes_given() {
+  size_t all = 0;
+  for (const auto& [start, region] : m.regions)
+    if (region.mapped) all += region.bytes;
+  return all;
+}
+
 size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
 char* map_guarded(size_t bytes) {
@@ -58,6 +65,11 @@ void set_by_host(void* p, size_t bytes) {
   check_set_by_host(p, bytes);
 }
 
+size_t device_bytes() {
+  std::lock_guard<std::mutex> guard(m.lock);
+  return bytes_given();
+}
+
 cudaError_t blocks_per_multiprocessor(int* blocks, int threads, size_t shared_bytes) {
   const cudaDeviceProp& d = m.options.device;
   if (threads < 1 || threads > d.maxThreadsPerBlock || shared_bytes > d.sharedMemPerBlockOptin) {
@@ -76,6 +88,7 @@ using namespace minidiff::emulator;
 cudaError_t cudaMallocBytes(void** p, size_t bytes) {
   *p = nullptr;
   if (!bytes) return cudaSuccess;
+  if (device_bytes() + bytes > options().device.totalGlobalMem) return cudaErrorMemoryAllocation;
   char* start = map_guarded(bytes);
   if (!start) return cudaErrorMemoryAllocation;
   add_buffer(start, bytes, "memory from cudaMalloc", true, Content::undefined);

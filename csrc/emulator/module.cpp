@@ -32,11 +32,12 @@ emulator::Order order_of(const std::string& name) {
 }
 
 void set_options(const std::string& order, uint64_t seed, bool poison, double stall_seconds, int compute_capability,
-                 int multiprocessors, int l2_bytes) {
+                 int multiprocessors, int l2_bytes, size_t shared_bytes, size_t memory_bytes) {
   emulator::Options options = emulator::options();
   options.order = order_of(order), options.seed = seed, options.poison = poison, options.stall_seconds = stall_seconds;
   options.device.major = compute_capability / 10, options.device.minor = compute_capability % 10;
   options.device.multiProcessorCount = multiprocessors, options.device.l2CacheSize = l2_bytes;
+  options.device.sharedMemPerBlockOptin = shared_bytes, options.device.totalGlobalMem = memory_bytes;
   emulator::set_options(options);
 }
 
@@ -73,7 +74,9 @@ Call::~Call() {
 void bind_device(py::module_& m) {
   m.def("set_options", &set_options, py::kw_only(), py::arg("order") = "forward", py::arg("seed") = 1,
         py::arg("poison") = true, py::arg("stall_seconds") = 20.0, py::arg("compute_capability") = 90,
-        py::arg("multiprocessors") = 16, py::arg("l2_bytes") = 50 << 20);
+        py::arg("multiprocessors") = 16, py::arg("l2_bytes") = 50 << 20, py::arg("shared_bytes") = 227 << 10,
+        py::arg("memory_bytes") = size_t(16) << 30);
+  m.def("device_bytes", &emulator::device_bytes);
   m.def("counts", &counts);
   m.def("reset_counts", &emulator::reset_counts);
   m.def("sync_points", [] {
