@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import strict_cupy
 
-from minidiff.backend import MODULES, kernels
+from minidiff.backend import MODULES, kernels, missing
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "notebooks"))  # the exercises' checkers and solutions
 
@@ -53,7 +53,13 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """A test that uses `kernels_kind` runs once for each kind of kernels, and for each rung of its op's ladders."""
+    """A test that uses `kernels_kind` runs once for each kind of kernels, and for each rung of its op's ladders.
+
+    One that uses `cuda_kind` runs once for each kind of CUDA C++ kernels.
+    """
+    if "cuda_kind" in metafunc.fixturenames:
+        kinds = ["emulated", "checked", "cuda"] if metafunc.config.getoption("--checked") else ["emulated", "cuda"]
+        metafunc.parametrize("cuda_kind", kinds, indirect=True)
     if "kernels_kind" not in metafunc.fixturenames:
         return
     kinds = [kind for kind in MODULES if kind != "checked" or metafunc.config.getoption("--checked")]
@@ -94,6 +100,19 @@ def kernels_kind(request):
     finally:
         for name in climbed:
             cuda_module(kind).choose(name, 0)
+
+
+@pytest.fixture
+def cuda_kind(request):
+    """A kind of kernels in CUDA C++, and its module, whose ladders are put back."""
+    kind = request.param
+    reason = helpers.no_gpu() if kind == "cuda" else missing.get(kind)
+    if reason:
+        (pytest.fail if kind == "cuda" and request.config.getoption("--require-gpu") else pytest.skip)(reason)
+    module = MODULES[kind].module
+    yield kind, module
+    for name in module.ladders():
+        module.choose(name, 0)
 
 
 @pytest.fixture
