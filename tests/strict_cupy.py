@@ -1,20 +1,27 @@
 """A stand-in for CuPy and for minidiff._cuda, on NumPy and the emulator, that refuses what the real ones refuse.
 
-Its arrays do not mix with NumPy's and do not turn into them, except by `get`. While a stream is captured nothing may be
-read by the host or come from it, and what was recorded can be launched again. So the way of a whole training step
-through CuPy's arrays is tested where there is no GPU.
+Its arrays do not mix with NumPy's and do not turn into them, except by `get`. Kernels must be told of the current
+stream. While a stream is captured nothing may be read by the host or come from it, all work must be that stream's, and
+what was recorded can be launched again. So the way of a whole training step through CuPy's arrays is tested where there
+is no GPU.
 """
 
 import contextlib
 import functools
 import importlib
+import itertools
+import re
 import types
+from pathlib import Path
 
 import numpy as np
 
 from minidiff import backend
 
+OPS_H = (Path(__file__).parent.parent / "csrc" / "ops.h").read_text()
+
 _recording = None  # while a stream is captured: the calls that its graph will make
+_captured = None  # that stream
 
 
 def _host(what):
@@ -43,6 +50,8 @@ def _wrapped(value):
 def _run(function, *args, **kwargs):
     """function(*args) on the device: now, and whenever the graph that is being recorded is launched."""
     args, kwargs = _unwrapped(args), {name: _unwrapped(value) for name, value in kwargs.items()}
+    if _recording is not None and current_stream() is not _captured:
+        raise RuntimeError("cudaErrorStreamCaptureUnsupported: work on another stream than the captured one")
     result = function(*args, **kwargs)
     if _recording is not None:
         result = np.asarray(result) if isinstance(result, np.generic) else result
@@ -141,28 +150,36 @@ class Graph:
 class Stream:
     """A stream, whose work is done at once."""
 
-    ptr = 0
+    count = itertools.count()
 
     def __init__(self, *args, **kwargs):
-        pass
+        self.ptr = next(Stream.count)
 
     def __enter__(self):
+        _streams.append(self)
         return self
 
     def __exit__(self, *exc):
-        pass
+        assert _streams.pop() is self
 
     def synchronize(self):
         _host("a stream is waited for")
 
     def begin_capture(self, mode=None):
-        global _recording
-        _recording = []
+        global _recording, _captured
+        _recording, _captured = [], self
 
     def end_capture(self):
-        global _recording
-        calls, _recording = _recording, None
+        global _recording, _captured
+        calls, _recording, _captured = _recording, None, None
         return Graph(calls)
+
+
+_streams = [Stream()]  # the default one, and those that were entered
+
+
+def current_stream():
+    return _streams[-1]
 
 
 class MemoryPool:
@@ -202,7 +219,7 @@ def module():
         Stream=Stream,
         MemoryPool=MemoryPool,
         using_allocator=lambda allocate: contextlib.nullcontext(),
-        get_current_stream=Stream,
+        get_current_stream=current_stream,
         runtime=types.SimpleNamespace(
             getDeviceCount=lambda: 1, deviceSynchronize=lambda: _host("the device is waited for")
         ),
@@ -235,8 +252,35 @@ def install(modules):
 
 
 def kernels_of(emulated):
-    """The module `minidiff._cuda`: the emulated one on the device's arrays."""
-    proxy = types.ModuleType("minidiff._cuda")
-    proxy.set_stream = lambda pointer: None
-    proxy.__getattr__ = lambda name: _of(getattr(emulated, name))
+    """The module `minidiff._cuda`: the emulated one on the device's arrays, and the current stream."""
+    proxy, told = types.ModuleType("minidiff._cuda"), [0]
+    proxy.set_stream = lambda pointer: told.append(pointer)
+
+    def named(name):
+        function, names = getattr(emulated, name), arguments_of(name)
+        if names is None:
+            return function
+
+        def call(*args):
+            for argument, value in zip(names, args, strict=True):
+                if any(isinstance(a, np.ndarray) for a in (value if isinstance(value, list) else [value])):
+                    raise ValueError(f"{name}: {argument} must be on the GPU")
+            if told[-1] != current_stream().ptr:
+                raise RuntimeError(f"{name} was launched on stream {told[-1]}, and {current_stream().ptr} is current")
+            try:
+                return _run(function, *args)
+            except ValueError as e:  # CuPy tells of types as the CUDA Array Interface does
+                text = re.sub(r"float32, got (\w+\d)$", lambda m: f"float32, got {np.dtype(m[1]).str}", str(e))
+                raise ValueError(text) from e
+
+        return call
+
+    proxy.__getattr__ = named
     return proxy
+
+
+@functools.cache
+def arguments_of(op):
+    """Their names; None for what is no op of csrc/ops.h, or nothing of which arrays are asked."""
+    declared = re.search(rf"\bvoid {op}\((.*?)\);", OPS_H, re.S)
+    return declared and [argument.split()[-1] for argument in declared[1].split(",")]
