@@ -3,17 +3,19 @@
     python benchmarks/bench_gpu.py [--only conv2d] [--seconds 400]
     python benchmarks/bench_gpu.py --rehearsal      # tiny arrays on the emulator and PyTorch's CPU: does it work?
 
-Results are compared with float64 first; what is wrong is not timed. Inputs rotate among sets that together have five
-times the size of the L2 cache, so every call finds them cold. Times are CUDA events around one call, all of them queued
-before the first begins; median and the 20th and 80th percentile. Memory-bound ops are given as a share of a measured
-copy, products as a share of the best measured matrix product of their precision. PyTorch runs eagerly in float32
-without and with TF32 and in bfloat16 (channels last; bfloat16 goes in and out, where ours has float32), and in what
-time is left compiled (default and max-autotune). Writes results/DEVICE/ops.json and ops.md, after every case.
+Results are compared with float64 first (of drawn noise only ours: PyTorch draws other); what is wrong is not timed.
+Inputs rotate among sets that together have five times the size of the L2 cache, so every call finds them cold. Times
+are CUDA events around one call, all of them queued before the first begins; median and the 20th and 80th percentile.
+Memory-bound ops are given as a share of a measured copy, products as a share of the best measured matrix product of
+their precision. PyTorch runs eagerly in float32 without and with TF32 and in bfloat16 (channels last; bfloat16 goes in
+and out, where ours has float32), and in what time is left compiled (default and max-autotune). Its optimizers are its
+fused AdamW and lists of arrays at once. Writes results/DEVICE/ops.json and ops.md, after every case.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import math
@@ -28,7 +30,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from minidiff import diffusion  # noqa: F401 - it enters its ops in the table
 from minidiff.backend import MODULES
+from minidiff.optim import step_numbers
+from minidiff.random import Draw, Purpose, normal
 
 RESULTS = Path(__file__).parent / "results"
 WRONG = {"fp32": 1e-4, "tf32": 3e-3, "bf16": 2e-2}  # rms error, relative; beyond it a result is wrong
@@ -48,6 +53,9 @@ class Case:
     for_torch: Callable[..., Any] = lambda *tensors: tensors  # its inputs in PyTorch's own layout
     flops: float = 0.0  # of a product; 0: bound by memory
     numbers: float = 0.0  # read and written, as few as can be, where the op is bound by memory
+    prepare: Callable[..., Any] = lambda *tensors: None  # writes into normal numbers what must not be such
+    in_place: bool = False  # it changes its inputs: checked on copies
+    drawn: Callable[..., Any] | None = None  # exact results of ours; PyTorch draws others, which are not compared
 
 
 # ---- cases
@@ -75,23 +83,32 @@ def cases(small: bool) -> Iterator[Case]:
     yield Case("silu_forward", "pointwise", f"{n}", [(n,)], lambda k, x: k.silu_forward(x), F.silu, numbers=2 * n)
     yield Case("accumulate", "add", f"{n}", [(n,)] * 2, lambda k, a, b: k.accumulate(a, b), torch.add, numbers=3 * n)
     yield Case("mse_forward", "mse", f"{n}", [(n,)] * 2, lambda k, a, b: k.mse_forward(a, b), F.mse_loss, numbers=2 * n)
+    yield from optimizers([(3, 3, 5, 4)] * 3 + [(7,)] * 2 if small else [(3, 3, 256, 256)] * 36 + [(256,)] * 60)
+    yield from samplers(*((2, 103) if small else (64, 1 << 20)))
+    yield from geglu(*((7, 12) if small else (32768, 1280)))
+    yield convolution_around(*((2, 6, 8, 12) if small else (32, 32, 128, 128)))
+    for activation in ("gelu_exact", "geglu", None):
+        yield linear_around(*((33, 20, 24) if small else (16384, 640, 5120)), activation)
+    yield from convolution(*((1, 6, 8, 12) if small else (1, 64, 320, 320)), 1)
+    yield from convolution(*((2, 5, 8, 12) if small else (32, 32, 512, 256)), 1, kernel=1)
 
 
-def convolution(B: int, H: int, C: int, N: int, stride: int) -> Iterator[Case]:
-    """A 3x3 convolution, forward and backward."""
-    shape, sides, out = f"{B}x {H}x{H}, {C} -> {N}, stride {stride}", ((1, 1), (1, 1)), (H - 1) // stride + 1
-    flops = 2.0 * B * out * out * 9 * C * N
+def convolution(B: int, H: int, C: int, N: int, stride: int, kernel: int = 3) -> Iterator[Case]:
+    """A convolution, forward and backward."""
+    size = "" if kernel == 3 else f", {kernel}x{kernel}"
+    shape, out, margin = f"{B}x {H}x{H}, {C} -> {N}, stride {stride}{size}", (H - 1) // stride + 1, kernel // 2
+    flops, sides = 2.0 * B * out * out * kernel**2 * C * N, ((margin, margin),) * 2
 
     def channels_last(x: Any, w: Any, *dy: Any) -> Any:
         x, *dy = (a.permute(0, 3, 1, 2) for a in (x, *dy))
         return x, w.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last), *dy
 
     def torchs(x: Any, w: Any) -> Any:
-        return F.conv2d(x, w, None, stride, 1).permute(0, 2, 3, 1)
+        return F.conv2d(x, w, None, stride, margin).permute(0, 2, 3, 1)
 
     def backward(x: Any, w: Any, dy: Any) -> Any:
         return torch.ops.aten.convolution_backward(
-            dy, x, w, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, [True, True, False],
+            dy, x, w, None, [stride] * 2, [margin] * 2, [1, 1], False, [0, 0], 1, [True, True, False],
         )  # fmt: skip
 
     def both(x: Any, w: Any, dy: Any) -> Any:
@@ -102,12 +119,180 @@ def convolution(B: int, H: int, C: int, N: int, stride: int) -> Iterator[Case]:
         dx, _, dw, _ = k.conv2d_backward(dy, x, w, stride, sides)
         return dx, dw
 
-    arrays = [(B, H, H, C), (3, 3, C, N), (B, out, out, N)]
+    arrays = [(B, H, H, C), (kernel, kernel, C, N), (B, out, out, N)]
     yield Case(
         "conv2d_forward", "conv2d", shape, arrays[:2], lambda k, x, w: k.conv2d_forward(x, w, None, stride, sides),
         torchs, channels_last, flops,
     )  # fmt: skip
     yield Case("conv2d_backward", "conv2d", shape, arrays, ours_backward, both, channels_last, 2 * flops)
+
+
+def convolution_around(B: int, H: int, C: int, N: int) -> Case:
+    """A 3x3 convolution and what stands around it: a bias, a shift for each image, a residual, SiLU."""
+
+    def ours(k: Any, x: Any, w: Any, b: Any, shift: Any, residual: Any) -> Any:
+        return k.conv2d_forward(x, w, b, 1, ((1, 1), (1, 1)), None, shift, residual, 1, True)
+
+    def channels_last(x: Any, w: Any, b: Any, shift: Any, residual: Any) -> Any:
+        w = w.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+        return x.permute(0, 3, 1, 2), w, b, shift, residual.permute(0, 3, 1, 2)
+
+    def torchs(x: Any, w: Any, b: Any, shift: Any, residual: Any) -> Any:
+        return F.silu(F.conv2d(x, w, b, 1, 1) + shift[:, :, None, None] + residual).permute(0, 2, 3, 1)
+
+    return Case(
+        "conv2d_forward + bias, shift, residual, SiLU", "conv2d", f"{B}x {H}x{H}, {C} -> {N}",
+        [(B, H, H, C), (3, 3, C, N), (N,), (B, N), (B, H, H, N)], ours, torchs, channels_last, 18.0 * B * H * H * C * N,
+    )  # fmt: skip
+
+
+def linear_around(M: int, K: int, N: int, activation: str | None) -> Case:
+    """x W + b, and an activation or a residual."""
+
+    def ours(k: Any, x: Any, w: Any, b: Any, *residual: Any) -> Any:
+        return k.linear_forward(x, w, b, *(residual or (None,)), activation)[0]
+
+    def torchs(x: Any, w: Any, b: Any, *residual: Any) -> Any:
+        y = torch.addmm(b, x, w)
+        if activation == "geglu":
+            return _geglu(y)
+        return F.gelu(y) if activation else y + residual[0]
+
+    name = {"geglu": "GEGLU", "gelu_exact": "GELU", None: "residual"}[activation]
+    inputs = [(M, K), (K, N), (N,)] + ([] if activation else [(M, N)])
+    return Case(f"linear_forward + bias, {name}", "linear", f"({M}, {K}) ({K}, {N})", inputs, ours, torchs,
+                flops=2.0 * M * K * N)  # fmt: skip
+
+
+def _geglu(x: Any) -> Any:
+    a, g = x.chunk(2, dim=-1)
+    return a * F.gelu(g)
+
+
+def geglu(rows: int, D: int) -> Iterator[Case]:
+    """GEGLU of (rows, 2 D), and its gradient."""
+    shape, wide, narrow = f"({rows}, {D})", (rows, 2 * D), (rows, D)
+    yield Case("geglu_forward", "geglu", shape, [wide], lambda k, x: k.geglu_forward(x), _geglu, numbers=3 * rows * D)
+
+    def torchs(x: Any, dy: Any) -> Any:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            y = _geglu(leaf)
+        return torch.autograd.grad(y, leaf, dy)[0]
+
+    def ours(k: Any, x: Any, dy: Any) -> Any:
+        k.geglu_forward(x)
+        return k.geglu_backward(dy, x)
+
+    yield Case("geglu forward + backward", "geglu", shape, [wide, narrow], ours, torchs, numbers=8 * rows * D)
+
+
+def optimizers(shapes: list[tuple[int, ...]]) -> Iterator[Case]:
+    """The optimizers' passes over parameters of these shapes, and the norm of the gradients."""
+    count, n = len(shapes), sum(math.prod(shape) for shape in shapes)
+    lr, beta1, beta2, eps, decay, average, step = 1e-2, 0.9, 0.999, 1e-8, 0.01, 0.99, 3
+    now = torch.tensor(step_numbers(1.0, lr, beta1, beta2, eps, step, average))
+    about, numbers = f"{count} arrays, {n} numbers", [(len(now),)]
+
+    def lists(arrays: Any) -> list[list[Any]]:
+        return [list(arrays[i : i + count]) for i in range(0, len(arrays), count)]
+
+    def prepare(*tensors: Any) -> None:
+        tensors[-1].copy_(now)
+        for v in tensors[3 * count : 4 * count]:  # of squares: it is not negative
+            v.abs_()
+
+    @functools.cache
+    def counted(device: Any) -> list[Any]:
+        return [torch.tensor(float(step), device=device) for _ in shapes]
+
+    def adamw(k: Any, *arrays: Any) -> Any:
+        p, g, m, v, ema = lists(arrays[:-1])
+        k.adamw_update(p, g, m, v, ema, [decay] * count, arrays[-1])
+        return [*p, *m, *v, *ema]
+
+    def torchs_adamw(*tensors: Any) -> Any:
+        p, g, m, v, ema = lists(tensors[:-1])
+        torch._fused_adamw_(
+            p, g, m, v, [], counted(p[0].device), lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
+        torch._foreach_lerp_(ema, p, 1 - average)
+        return [*p, *m, *v, *ema]
+
+    def momentum(k: Any, *arrays: Any) -> Any:
+        g, m = lists(arrays[:-1])
+        return [*k.muon_momentum(g, m, arrays[-1]), *m]
+
+    def torchs_momentum(*tensors: Any) -> Any:
+        g, m = lists(tensors[:-1])
+        torch._foreach_lerp_(m, g, 1 - beta1)
+        return [*torch._foreach_lerp(g, m, beta1), *m]
+
+    def descend(k: Any, *arrays: Any) -> Any:
+        p, u, ema = lists(arrays[:-1])
+        k.descend(p, u, ema, [0.5] * count, [decay] * count, arrays[-1])
+        return [*p, *ema]
+
+    def torchs_descend(*tensors: Any) -> Any:
+        p, u, ema = lists(tensors[:-1])
+        torch._foreach_mul_(p, 1 - lr * decay)
+        torch._foreach_add_(p, u, alpha=-0.5 * lr)
+        torch._foreach_lerp_(ema, p, 1 - average)
+        return [*p, *ema]
+
+    for op, ladder, ours, torchs, arrays, moved in (
+        ("adamw_update + average", "adamw_update", adamw, torchs_adamw, 5, 9),
+        ("muon_momentum", "muon_momentum", momentum, torchs_momentum, 2, 4),
+        ("descend + average", "descend", descend, torchs_descend, 3, 5),
+    ):
+        yield Case(op, ladder, about, arrays * shapes + numbers, ours, torchs, numbers=moved * n, prepare=prepare,
+                   in_place=True)  # fmt: skip
+    norm = lambda *g: torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g)))  # noqa: E731
+    yield Case("gradient_norm", "gradient_norm", about, shapes, lambda k, *g: k.gradient_norm(list(g)), norm, numbers=n)
+
+
+def samplers(B: int, n: int) -> Iterator[Case]:
+    """Noise of B samples of n numbers, training's first step and a sampler's step: the noise read, or drawn there."""
+    samples, about, shape = list(range(B)), f"({B}, {n})", (B, n)
+    few, step = samples[:2], (2.0, 0.6, 0.8, 1.5, 0.7, 0.5, 0.4)  # w, signal, noise, clip; of x0, of eps, of z
+
+    def noise(purpose: Purpose, like: Any) -> Any:
+        return torch.as_tensor(normal.reference(3, few, 2, purpose, (n,))).to(like)
+
+    def mixed(x0: Any, signal: Any, noise: Any, eps: Any) -> Any:
+        signal, noise = signal[:, None], noise[:, None]
+        return signal * x0 + noise * eps, signal * eps - noise * x0
+
+    def stepped(x_t: Any, cond: Any, uncond: Any, z: Any) -> Any:
+        w, signal, noise, clip, of_x0, of_eps, of_z = step
+        x0 = ((x_t - noise * (uncond + w * (cond - uncond))) / signal).clamp(-clip, clip)
+        eps = (x_t - signal * x0) / noise
+        return of_x0 * x0 + of_eps * eps + of_z * z, x0, eps
+
+    def signals(*tensors: Any) -> None:
+        for t in tensors[1:]:
+            t.abs_()
+
+    yield Case(
+        "normal", "normal", about, [shape],
+        lambda k, x: k.normal(3, samples, 2, Purpose.TRAIN_NOISE, (n,), x), torch.randn_like, numbers=B * n,
+        drawn=lambda x: noise(Purpose.TRAIN_NOISE, x),
+    )  # fmt: skip
+    yield Case(
+        "q_sample_drawn", "q_sample_drawn", about, [shape, (B,), (B,)],
+        lambda k, *a: k.q_sample_drawn(*a, "v", Draw(3, samples, 2, Purpose.TRAIN_NOISE)),
+        lambda *t: mixed(*t, torch.randn_like(t[0])), numbers=3 * B * n, prepare=signals,
+        drawn=lambda *t: mixed(*(a[:2] for a in t), noise(Purpose.TRAIN_NOISE, t[0])),
+    )  # fmt: skip
+    yield Case("reverse_step", "reverse_step", about, [shape] * 4, lambda k, *a: k.reverse_step(*a, *step), stepped,
+               numbers=7 * B * n)  # fmt: skip
+    yield Case(
+        "reverse_step_drawn", "reverse_step_drawn", about, [shape] * 3,
+        lambda k, *a: k.reverse_step_drawn(*a, Draw(3, samples, 2, Purpose.STEP_NOISE), *step),
+        lambda *t: stepped(*t, torch.randn_like(t[0])), numbers=6 * B * n,
+        drawn=lambda *t: stepped(*(a[:2] for a in t), noise(Purpose.STEP_NOISE, t[0])),
+    )  # fmt: skip
 
 
 def linear_forward(M: int, K: int, N: int) -> Case:
@@ -262,6 +447,12 @@ class Gpu:
         """The same memory as CuPy's."""
         return self.cupy.asarray(tensor)
 
+    def captured(self, function: Callable[..., Any]) -> Any:
+        """The function as a CUDA graph."""
+        from minidiff.cuda import Captured
+
+        return Captured(function)
+
     def time(self, calls: list[Callable[[], Any]]) -> list[float]:
         """Milliseconds of calls, taken in turn from the list: up to REPEATS in about SECONDS."""
         with self.cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
@@ -294,6 +485,16 @@ class Gpu:
         return (self.free - self.cupy.cuda.runtime.memGetInfo()[0]) / 1e9
 
 
+class Launched:
+    """What is a graph on a GPU, as the function that it is: capturing it only calls it."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.capture = self.function = function
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
+
+
 class Rehearsal:
     """The emulator and PyTorch on the CPU: every line of this file runs, no number means anything."""
 
@@ -302,6 +503,10 @@ class Rehearsal:
     def ours(self, tensor: Any) -> Any:
         """The same memory as NumPy's."""
         return tensor.numpy()
+
+    def captured(self, function: Callable[..., Any]) -> Any:
+        """No graph."""
+        return Launched(function)
 
     def time(self, calls: list[Callable[[], Any]]) -> list[float]:
         """Milliseconds of a few calls."""
@@ -356,23 +561,28 @@ class Inputs:
         sets = max(2, math.ceil(5 * machine.l2 / (4 * floats)) + 1)
         torch.manual_seed(0)
         self.tensors = [[torch.randn(s, device=machine.device) for s in case.inputs] for _ in range(sets)]
+        for one in self.tensors:
+            case.prepare(*one)
         with torch.no_grad():
-            self.exact = flat(case.torchs(*case.for_torch(*(t.double() for t in self.tensors[0]))))
+            exact = case.drawn or case.torchs
+            self.exact = flat(exact(*case.for_torch(*(t.double() for t in self.tensors[0]))))
 
 
 def ours(case: Case, inputs: Inputs, machine: Any, limits: dict[str, float]) -> Iterator[dict[str, Any]]:
     """A row for each rung."""
     module = MODULES[machine.kind].module
     arrays = [[machine.ours(t) for t in one] for one in inputs.tensors]
-    calls = [lambda a=a: case.ours(MODULES[machine.kind], *a) for a in arrays]
+    call = functools.partial(case.ours, MODULES[machine.kind])
     ladders = {n: r for n, r in module.ladders().items() if n.startswith(case.ladder)}
+    if case.ladder == "reverse_step":
+        ladders.pop("reverse_step_drawn")
     for rung in range(1, max(map(len, ladders.values())) + 1):
         here = {name: min(rung, len(rungs)) for name, rungs in ladders.items()}
         for name, number in here.items():
             module.choose(name, number)
         steps = [ladders[name][number - 1] for name, number in here.items()]
         operands = max((step[3] for step in steps), key=list(WRONG).index)
-        yield row(case, machine, limits, f"{rung} {steps[0][0]}", operands, calls, inputs.exact)
+        yield row(case, machine, limits, f"{rung} {steps[0][0]}", operands, call, arrays, inputs.exact)
     for name in ladders:
         module.choose(name, 0)
 
@@ -385,31 +595,36 @@ def rivals(
     for operands in ("bf16", "fp32", "tf32"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = operands == "tf32"
         dtype = torch.bfloat16 if operands == "bf16" else torch.float32
-        sets = [[t.to(dtype) for t in case.for_torch(*one)] for one in inputs.tensors]
+        sets = [[t.to(dtype, copy=case.in_place) for t in case.for_torch(*one)] for one in inputs.tensors]
         for mode in ("default", "max-autotune-no-cudagraphs") if compiled else (None,):
             if mode:
                 torch._dynamo.reset()  # after a few shapes it would fall back to eager code
             function = torch.compile(case.torchs, mode=mode, dynamic=False) if mode else case.torchs
 
-            def call(one: list[Any], function: Callable[..., Any] = function) -> Any:
-                with torch.no_grad():
-                    return function(*one)
-
-            calls = [lambda one=one, call=call: call(one) for one in sets]
+            call = torch.no_grad()(function)
             way = f"PyTorch compiled {operands} {mode}" if mode else f"PyTorch eager {operands}"
-            yield row(case, machine, limits, way, operands, calls, inputs.exact)
+            yield row(case, machine, limits, way, operands, call, sets, None if case.drawn else inputs.exact)
 
 
 def row(
-    case: Case, machine: Any, limits: dict[str, float], way: str, operands: str, calls: list[Any], exact: list[Any]
-) -> dict[str, Any]:
-    """Error first; then the times, if it is right."""
+    case: Case, machine: Any, limits: dict[str, float], way: str, operands: str, call: Callable[..., Any],
+    sets: list[list[Any]], exact: list[Any] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Error first, unless there is nothing to compare with; then the times, if it is right.
+
+    What works in place is compared on copies of the first set, and timed on the others.
+    """
     result: dict[str, Any] = {"op": case.op, "shape": case.shape, "way": way, "operands": operands}
     try:
-        result["error"] = max(error(got, want) for got, want in zip(flat(calls[0]()), exact, strict=True))
-        if not result["error"] <= WRONG[operands]:
-            return {**result, "wrong": True}
-        times = np.array(machine.time(calls))
+        if exact is not None:
+            got = flat(call(*([_copy(a) for a in sets[0]] if case.in_place else sets[0])))
+            if case.drawn:
+                got = [g[: len(want)] for g, want in zip(got, exact, strict=True)]
+            result["error"] = max(error(g, want) for g, want in zip(got, exact, strict=True))
+            if not result["error"] <= WRONG[operands]:
+                return {**result, "wrong": True}
+            del got
+        times = np.array(machine.time([functools.partial(call, *one) for one in sets[case.in_place :]]))
     except Exception as e:  # one way that fails does not end the others, unless it has broken the device
         if any(word in str(e) for word in ("illegal", "misaligned", "unspecified launch failure", "assert")):
             raise
@@ -423,6 +638,10 @@ def row(
         result["gbs"] = size * case.numbers / result["ms"] * 1e-6
         result["share"] = size * case.numbers / (1e-3 * result["ms"]) / limits["copy"]
     return result
+
+
+def _copy(array: Any) -> Any:
+    return array.clone() if isinstance(array, torch.Tensor) else array.copy()
 
 
 def flat(results: Any) -> list[Any]:
@@ -449,9 +668,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         same = [s["ms"] for s in rows if "ms" in s and s["way"].startswith("PyTorch")
                 and (s["op"], s["shape"], s["operands"]) == (r["op"], r["shape"], r["operands"])]  # fmt: skip
         ratio = f"{min(same) / r['ms']:.2f}" if same else ""
+        off = f"{r['error']:.1e}" if "error" in r else "other noise"
         lines.append(
             f"| {r['op']} | {r['shape']} | {r['way']} | {r['ms']:.3g} ({r['p20']:.3g}-{r['p80']:.3g}) | "
-            f"{r['share']:.0%} | {ratio} | {r['error']:.1e} |"
+            f"{r['share']:.0%} | {ratio} | {off} |"
         )
     return "\n".join(lines) + "\n"
 
