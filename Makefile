@@ -53,8 +53,8 @@ lab: setup  ## open the notebooks in JupyterLab
 
 # On a machine with a GPU, with its own Python: numpy, cupy, pytest, pybind11, ninja and nvcc are all it needs, and torch
 # for the benchmarks.
-GPU_TESTS := $(addprefix tests/test_,gpu.py attention.py conv2d.py diffusion.py elementwise.py geglu.py gelu.py \
-	groupnorm.py layernorm.py linear.py mse.py optim.py random.py silu.py)
+GPU_TESTS := $(addprefix tests/test_,gpu.py sizes.py contract.py attention.py conv2d.py diffusion.py elementwise.py \
+	geglu.py gelu.py groupnorm.py layernorm.py linear.py mse.py optim.py random.py silu.py)
 GPU_PYTEST := -m pytest --require-gpu -W default
 SANITIZE := compute-sanitizer --error-exitcode 1 --target-processes all --report-api-errors no --kernel-name kns=minidiff
 
@@ -65,7 +65,8 @@ gpu-build:
 	$(PYTHON) -c 'import minidiff._cuda'
 
 gpu-test: gpu-build  ## test the CUDA kernels on a GPU, then memcheck and racecheck on small shapes
-	CUDA_LAUNCH_BLOCKING=1 $(PYTHON) $(GPU_PYTEST) --maxfail=40 $(GPU_TESTS) -k "cuda or test_gpu"
+	CUDA_LAUNCH_BLOCKING=1 $(PYTHON) $(GPU_PYTEST) --maxfail=40 $(GPU_TESTS) -k "cuda or gpu"
+	$(PYTHON) $(GPU_PYTEST) tests/test_streams.py
 	for tool in memcheck racecheck; do $(SANITIZE) --tool $$tool $(PYTHON) $(GPU_PYTEST) tests/test_gpu.py \
 		-k test_a_rung_is_right || exit 1; done
 
