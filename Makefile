@@ -61,7 +61,7 @@ SANITIZE := compute-sanitizer --error-exitcode 1 --target-processes all --report
 gpu-build:
 	MINIDIFF_MODULES=_cuda,_emulated \
 		MINIDIFF_ARCHITECTURES=$$($(PYTHON) -c 'import cupy; print(cupy.cuda.Device().compute_capability)') \
-		$(PYTHON) setup.py -q build_ext --inplace
+		$(PYTHON) setup.py in-place
 	$(PYTHON) -c 'import minidiff._cuda'
 
 gpu-test: gpu-build  ## test the CUDA kernels on a GPU, then memcheck and racecheck on small shapes
