@@ -6,7 +6,8 @@ diffusers makes a folder of random weights (4 to 5 GB, in the temporary folder),
 its own, which waits while another is asked. First the results are compared: text tokens, the U-Net's answer, decoded
 images, and the latents after two steps with guidance. Then, in turns: a step of the reverse process (two conditions, so
 two samples in the U-Net), and decoding to 512 x 512 pixels. Memory is the most that a process ever had in use, after
-loading, after drawing latents, and after decoding. Writes results/pretrained-DEVICE.json and .md.
+loading, after drawing latents, and after decoding. --samples 0 only compares. Writes results/pretrained-DEVICE.json
+and .md.
 """
 
 from __future__ import annotations
@@ -196,12 +197,16 @@ def measure(name: str, samples: int, ways: list[str]) -> dict[str, Any]:
         maker = Worker("folder", tmp)
         maker.ask(command="folder", name=name)
         maker.close()
-        memory = {side: peaks(side, tmp) for side in ("ours", ways[0])}
+        ways = ways if samples else ways[:1]
+        memory = {side: peaks(side, tmp) for side in ("ours", ways[0]) if samples}
         workers = {side: Worker(side, tmp) for side in ("ours", *ways)}
         try:
             load = {side: worker.ask(command="load") for side, worker in workers.items()}
             errors = compared(workers["ours"], workers[ways[0]], Path(tmp))
-            record: dict[str, Any] = {"errors": errors, "peak bytes": memory, "load seconds": load}
+            record: dict[str, Any] = {"errors": errors}
+            if not samples:
+                return record
+            record |= {"peak bytes": memory, "load seconds": load}
             for what in ("step", "decode"):
                 ask = {side: (lambda w=w, c=what: w.ask(command=c)) for side, w in workers.items()}
                 for warm_up in ask.values():
@@ -247,13 +252,14 @@ def table(records: dict[str, Any]) -> str:
     """The results as Markdown."""
     names = ["model", "what", "ours (ms)", "diffusers (ms)", "its best way", "diffusers / ours"]
     lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
-    for name, r in records.items():
+    timed = {name: r for name, r in records.items() if "step" in r}
+    for name, r in timed.items():
         for what, told in (("step", "a step, 64 x 64 latents, guidance"), ("decode", "latents to 512 x 512 pixels")):
             s, best = r[what]["seconds"], r[what]["best rival"]
             cells = [name, told, spread(s["ours"]), spread(s[best]), best, f"{r[what]['ratio']:.2f}"]
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| model | most memory after | ours (GB) | diffusers (GB) |", "| --- | --- | --- | --- |"]
-    for name, r in records.items():
+    for name, r in timed.items():
         mine, other = r["peak bytes"].values()
         for what, told in (("load", "loading"), ("draw", f"{STEPS} steps"), ("decode", "decoding")):
             lines.append(f"| {name} | {told} | {mine[what] / 1e9:.2f} | {other[what] / 1e9:.2f} |")
@@ -280,10 +286,8 @@ def main() -> None:
         records[name] = measure(name, args.samples, [w for w in PYTORCH if args.compile or w != "compiled"])
         print(name, json.dumps(records[name], indent=1), flush=True)
         records = {n: records[n] for n in SIZES if n in records}
-        write_json(
-            "pretrained",
-            {"command": f"bench_pretrained.py --samples {args.samples}", "rivals": rivals, "models": records},
-        )
+        records[name]["command"] = f"bench_pretrained.py {name!r} --samples {args.samples}"
+        write_json("pretrained", {"rivals": rivals, "models": records})
         results_path("pretrained", "md").write_text(table(records))
 
 
