@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
@@ -32,6 +33,12 @@ NEEDS = {
         "the compiled CPU kernels",
         "the fast rows of the tables are left out, and the cells that train take several times as long",
         "install a C++ compiler (on Debian: apt install g++), then `make setup`",
+    ),
+    "emulator": (
+        lambda: {"emulated", "checked"} <= set(backend.MODULES) and bool(_compiler()),
+        "the CUDA emulator",
+        "the cells that run CUDA kernels are left out; read their results in this notebook as it was built",
+        "on Linux on x86-64 install g++ (on Debian: `apt install g++`), then `make setup`",
     ),
     "widgets": (
         lambda: _importable("ipywidgets"),
@@ -194,6 +201,10 @@ def _markdown(text: str) -> None:
     from IPython.display import Markdown, display
 
     display(Markdown(text))
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++").split()[0])
 
 
 def _importable(name: str) -> bool:
