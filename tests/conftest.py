@@ -93,7 +93,7 @@ def kernels_kind(request):
     climbed = ladders(kind, request.module.__name__)
     operands = [rungs[min(rung, len(rungs)) - 1][3] for rungs in climbed.values()]
     for name, rungs in climbed.items():
-        cuda_module(kind).choose(name, min(rung, len(rungs)))
+        helpers.stand_on(cuda_module(kind), name, rungs, min(rung, len(rungs)))
     try:
         with kernels(kind), helpers.computing(kind, max(operands, key=helpers.COARSER.get, default="fp32")):
             yield kind

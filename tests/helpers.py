@@ -132,6 +132,14 @@ def strided(array):
     return np.repeat(array, 2, axis=-1)[..., ::2] if np.ndim(array) else array
 
 
+def stand_on(module, name, rungs, rung):
+    """Choose a rung of a ladder (0: the device's choice); skips where the device is too old for it."""
+    needed, has = rungs[rung - 1][2] if rung else 0, module.compute_capability()
+    if needed > has:
+        pytest.skip(f"rung {rung} of {name} needs compute capability {needed / 10}, this GPU has {has / 10}")
+    module.choose(name, rung)
+
+
 def import_or_skip(name):
     """The module, for comparisons with it; without it the file is skipped (--require-torch: fails)."""
     try:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from helpers import COARSER, computing, placed
+from helpers import COARSER, computing, placed, stand_on
 
 from minidiff import diffusion, optim  # noqa: F401 - diffusion enters its ops in the table
 from minidiff.backend import MODULES, REFERENCE, array_module, to_numpy
@@ -434,7 +434,7 @@ def standing_on(module, case, rung):
     """Choose a rung of the case's ladders (0: the device's choice); how coarse its products' factors are."""
     coarse = 1
     for name, rungs in climbed(module, case).items():
-        module.choose(name, min(rung, len(rungs)))
+        stand_on(module, name, rungs, min(rung, len(rungs)))
         coarse = max(coarse, COARSER[rungs[min(rung, len(rungs)) - 1][3]]) if rung else coarse
     return coarse
 
