@@ -119,9 +119,9 @@ def test_ladders(emulator):
         module.set_options(compute_capability=75)
         assert rungs[module.rung(name) - 1][2] == 75
         if rungs[-1][2] > 75:  # on such a GPU the tests skip it
-            with pytest.raises(ValueError, match="needs compute capability 8.0"):
+            with pytest.raises(ValueError, match=r"needs compute capability 8\.0"):
                 module.choose(name, len(rungs))
-            with pytest.raises(pytest.skip.Exception, match="needs compute capability 8.0, this GPU has 7.5"):
+            with pytest.raises(pytest.skip.Exception, match=r"needs compute capability 8\.0, this GPU has 7\.5"):
                 stand_on(module, name, rungs, len(rungs))
         module.set_options()
         with pytest.raises(ValueError, match=f"{name} has the rungs 1 to {len(rungs)}, not 99"):

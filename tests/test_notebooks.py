@@ -41,8 +41,11 @@ def library_names():
     return {name for name in names if not name.startswith("_")}
 
 
-def test_they_are_numbered_without_gaps():
-    assert [int(s.name[:2]) for s in SOURCES] == list(range(1, len(SOURCES) + 1))
+def test_the_index_lists_them_all_in_order():
+    index = re.findall(r"\[(\d+)\. [^]]+\]\((\w+)\.ipynb\)", (FOLDER / "README.md").read_text())
+    assert [name for _, name in index] == [source.stem for source in SOURCES]
+    assert [f"{int(number):02}" for number, _ in index] == [source.name[:2] for source in SOURCES]
+    assert len({number for number, _ in index}) == len(index)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
