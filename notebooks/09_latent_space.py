@@ -419,9 +419,8 @@ figure(
 # Take two pictures and mix them, $(1-w)$ of one and $w$ of the other: once the pixels, once the latents, which are then
 # decoded.
 
+
 # %%
-
-
 def one(colour, shape, x=16.0, y=16.0, radius=4.9):
     """A picture of one object."""
     return shapes.render([shapes.Scene((shapes.Object(colour, shape, "large", x, y, radius),))])
