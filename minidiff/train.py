@@ -29,6 +29,7 @@ from minidiff.checkpoint import FILE, PARTS, load_checkpoint, save_checkpoint
 from minidiff.config import Config, TrainConfig, config_from_dict, config_to_dict, config_to_toml, with_overrides
 from minidiff.data import DataConfig, Dataset, open_data
 from minidiff.errors import UserError
+from minidiff.files import whole_file
 from minidiff.optim import OPTIMIZERS, AdamW, clip_factor, gradient_norm, learning_rate
 from minidiff.random import Draw, Purpose, normal, uniform
 from minidiff.tensor import accumulate
@@ -501,9 +502,8 @@ def keep_log_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        file.write_text("".join(kept))
 
 
 def _step_of(line: str) -> float:

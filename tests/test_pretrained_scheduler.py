@@ -148,6 +148,6 @@ def test_a_replaced_class_may_have_settings_of_its_own():
     settings = {**SD, "_class_name": "DPMSolverSinglestepScheduler", "solver_order": 3, "algorithm_type": "dpmsolver"}
     found = read_scheduler(settings)
     assert found.sampler == "dpm++2m" and "DPMSolverSinglestepScheduler is not here" in found.note
-    for changes in ({"thresholding": True}, {"secret": 7}):
+    for changes in ({"thresholding": True}, {"secret": 7}, {"predict_epsilon": False}):
         with pytest.raises(UserError, match="would give other pictures"):
             read_scheduler({**settings, **changes})

@@ -110,35 +110,41 @@ WITHOUT_EFFECT = (
     "skip_prk_steps", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type",
     "tensor_format",
 )  # fmt: skip
-ONLY: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {  # key: (whose samplers' result it changes, what ours can)
-    "predict_epsilon": (tuple(SAMPLER_OF.values()), (True,)),
-    "denoise_final": (tuple(SAMPLER_OF.values()), (True,)),
-    "variance_type": (tuple(SAMPLER_OF.values()), ("fixed_small", "fixed_small_log", "fixed_large")),
-    "thresholding": (("ddpm", "ddim", *MULTISTEP), (False,)),
-    "interpolation_type": (("euler",), ("linear",)),
-    "timestep_type": (("euler",), ("discrete",)),
-    "use_exponential_sigmas": (("euler", "heun", *MULTISTEP), (False,)),
-    "use_beta_sigmas": (("euler", "heun", *MULTISTEP), (False,)),
-    "sigma_min": (("euler", "unipc"), ()),
-    "sigma_max": (("euler", "unipc"), ()),
-    "solver_order": (MULTISTEP, (2,)),
-    "lower_order_final": (MULTISTEP, (True,)),
-    "use_flow_sigmas": (MULTISTEP, (False,)),
-    "use_dynamic_shifting": (MULTISTEP, (False,)),
-    "algorithm_type": (("dpm++2m",), ("dpmsolver++", "deis")),
-    "solver_type": (MULTISTEP, ("midpoint", "bh2", "logrho")),
-    "euler_at_final": (("dpm++2m",), (False,)),
-    "use_lu_lambdas": (("dpm++2m",), (False,)),
-    "lambda_min_clipped": (("dpm++2m",), (-math.inf, "-inf")),
-    "predict_x0": (("unipc",), (True,)),
-    "disable_corrector": (("unipc",), ([],)),
-    "solver_p": (("unipc",), ()),
-    "shift_terminal": (("unipc",), ()),
+EVERY = tuple(SAMPLER_OF.values())
+
+
+def _for(samplers: tuple[str, ...], *can: Any) -> dict[str, tuple[Any, ...]]:
+    return dict.fromkeys(samplers, can)
+
+
+ONLY: dict[str, dict[str, tuple[Any, ...]]] = {  # key: {whose sampler's result it changes: the values that ours can}
+    "predict_epsilon": _for(EVERY, True),
+    "denoise_final": _for(EVERY, True),
+    "variance_type": _for(EVERY, "fixed_small", "fixed_small_log", "fixed_large"),
+    "thresholding": _for(("ddpm", "ddim", *MULTISTEP), False),
+    "interpolation_type": _for(("euler",), "linear"),
+    "timestep_type": _for(("euler",), "discrete"),
+    "use_exponential_sigmas": _for(("euler", "heun", *MULTISTEP), False),
+    "use_beta_sigmas": _for(("euler", "heun", *MULTISTEP), False),
+    "sigma_min": _for(("euler", "unipc")),
+    "sigma_max": _for(("euler", "unipc")),
+    "solver_order": _for(MULTISTEP, 2),
+    "lower_order_final": _for(MULTISTEP, True),
+    "use_flow_sigmas": _for(MULTISTEP, False),
+    "use_dynamic_shifting": _for(MULTISTEP, False),
+    "algorithm_type": _for(("dpm++2m",), "dpmsolver++", "deis"),
+    "solver_type": {  # of another scheduler's names diffusers makes its own usual one, the first here
+        "dpm++2m": ("midpoint", "logrho", "bh1", "bh2"),
+        "unipc": ("bh2", "midpoint", "heun", "logrho"),
+    },
+    "euler_at_final": _for(("dpm++2m",), False),
+    "use_lu_lambdas": _for(("dpm++2m",), False),
+    "lambda_min_clipped": _for(("dpm++2m",), -math.inf, "-inf"),
+    "predict_x0": _for(("unipc",), True),
+    "disable_corrector": _for(("unipc",), []),
+    "solver_p": _for(("unipc",)),
+    "shift_terminal": _for(("unipc",)),
 }
-
-
-OTHERS_SOLVERS = {"dpm++2m": ("bh1", "bh2"), "unipc": ("midpoint", "heun", "logrho")}
-"""Values of solver_type that are another scheduler's; diffusers takes its own usual one instead."""
 
 
 def read_scheduler(config: Mapping[str, Any], sampler: str | None = None) -> Sampling:
@@ -155,8 +161,8 @@ def read_scheduler(config: Mapping[str, Any], sampler: str | None = None) -> Sam
     if sampler is None:
         sampler = KNOWN[name]
         note = f"{name} is not here; {sampler} draws in its place" if name in REPLACED else ""
-    elif sampler not in SAMPLER_OF.values():
-        raise UserError(f"sampler: {sampler!r} is not one of {', '.join(dict.fromkeys(SAMPLER_OF.values()))}")
+    elif sampler not in EVERY:
+        raise UserError(f"sampler: {sampler!r} is not one of {', '.join(EVERY)}")
     _refuse_others(config, sampler, bool(note))
     prediction = _choice(config, "prediction_type", "epsilon", {"epsilon": "eps", "v_prediction": "v", "sample": "x0"})
     schedule = _schedule(config, (0.00085, 0.012) if name in OTHER_BETAS else (0.0001, 0.02))
@@ -193,12 +199,10 @@ def _refuse_others(config: Mapping[str, Any], sampler: str, replaced: bool) -> N
     for key, value in config.items():
         if value is None or key.startswith("_") or key in WITHOUT_EFFECT:
             continue
-        if replaced and key in ONLY and key != "thresholding":
+        changes = ONLY.get(key, {} if key in READ else {sampler: ()})
+        if replaced and key in ONLY and "ddpm" not in changes:  # of the solver that does not draw
             continue
-        if key == "solver_type" and value in OTHERS_SOLVERS.get(sampler, ()):
-            continue
-        samplers, known = ONLY.get(key, ((sampler,) if key not in READ else (), ()))
-        if sampler in samplers and value not in known:
+        if sampler in changes and value not in changes[sampler]:
             others.append(f"{key} = {value!r:.80}")
     if others:
         raise UserError(
