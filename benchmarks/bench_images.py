@@ -5,7 +5,8 @@
 The run is an ordinary one in --out: interrupted, the same command goes on with it. Its first steps show how many steps
 --minutes are; --marks are shares of these. Only training counts as minutes; looking does not. The learning rate falls
 to zero over the whole run, so a grid from its middle is worse than that of a run that was planned to end there.
-Pictures with classes are judged by the classifier of `minidiff evaluate`.
+Pictures with classes are judged by the classifier of `minidiff evaluate`. The pictures of the grid are compared with those
+of the set: copies of these would lie much nearer to them than they lie to each other.
 Writes results/images_PRESET-DEVICE.json, -loss.png and a grid for each mark.
 """
 
@@ -16,14 +17,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import median, results_path, thinned, write_json
+import numpy as np
+from common import median, results_path, summary, thinned, write_json
 
 from minidiff import plotting
 from minidiff.checkpoint import FILE
 from minidiff.classifier import open_classifier
 from minidiff.config import TrainConfig, config_to_dict, load_config
 from minidiff.data import Dataset
-from minidiff.evaluate import evaluate_classes
+from minidiff.data.pictures import scaled, some_of
+from minidiff.evaluate import evaluate_classes, nearest_pictures
 from minidiff.models import parameter_count
 from minidiff.sample import draw
 from minidiff.train import TrainState, averaged_weights, data_of, fit, load_state, new_state, read_log
@@ -86,10 +89,22 @@ def looked(args: argparse.Namespace, state: TrainState, data: Dataset, judge: An
             result = evaluate_classes(model, state.config.sample, *judge, args.n)
             scores = {"agreement": result.scores, "chance": result.chance["all"], "n": args.n, "real": judge[1]}
             print(result.headline)
+    twins, far = nearest_pictures(images, data)
+    some = some_of(len(data), len(images))
+    _, apart = nearest_pictures(scaled(data.images[data.rows[some]]), data, but=some)
+    distances = {name: {**summary(d), "least": float(d.min())} for name, d in (("samples", far), ("pictures", apart))}
+    if mark == args.minutes:
+        nearest = np.stack([images, scaled(data.images[data.rows[twins]])], axis=1)[np.argsort(far)[:8]]
+        compared = plotting.image_grid(
+            nearest.reshape(-1, *images.shape[1:]),
+            [text for d in np.sort(far)[:8] for text in ("drawn", f"nearest picture: {d:.2f}")],
+            8, title=f"{args.preset}: the samples that are nearest to a training picture",
+        )  # fmt: skip
+        plotting.save(compared, results_path(f"images_{args.preset}", "nearest.png"))
     title = f"{args.preset} after {mark:g} minutes, {images_seen:,} images"
     grid = plotting.image_grid(images, captions, columns, title=title)
     plotting.save(grid, results_path(f"images_{args.preset}", f"{mark:g}-minutes.png"))
-    return {"mark": mark, "minutes": minutes, "step": state.step, "images": images_seen, **scores}
+    return {"mark": mark, "minutes": minutes, "step": state.step, "images": images_seen, "nearest": distances, **scores}
 
 
 def write_results(args: argparse.Namespace, state: TrainState, data: Any, folder: Path, records: list[dict]) -> None:

@@ -18,7 +18,7 @@ from minidiff.backend import to_numpy
 from minidiff.classifier import Classifier, classify
 from minidiff.config import SampleConfig
 from minidiff.data import Dataset, shapes
-from minidiff.data.pictures import Pictures
+from minidiff.data.pictures import Pictures, scaled
 from minidiff.sample import denoise, draw
 from minidiff.text_to_image import TextToImage
 from minidiff.train import LOG, TrainState, averaged_weights, read_log
@@ -92,6 +92,34 @@ def evaluate_classes(
     title = f"The first {min(GRID, n)} of {n} pictures"
     chances = dict.fromkeys([*scores, "all"], chance)
     return Evaluation(captions, images, right, {**scores, "all": share}, chances, judge, title, headline)
+
+
+def nearest_pictures(
+    images: np.ndarray, data: Pictures, but: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The set's picture (n,) nearest to each image (n, H, W, 3), and how far it is: root mean square, in -1..1.
+
+    Where training mirrors its pictures, they count as mirrored too. but: a picture (n,) that is not compared with each
+    image, such as itself. A sample much nearer to a picture than the set's pictures are to each other is a copy.
+    """
+    flat = images.reshape(len(images), -1)
+    best, least = np.zeros(len(images), int), np.full(len(images), np.inf)
+    for start in range(0, len(data), 1024):
+        pixels = scaled(data.images[data.rows[start : start + 1024]])
+        for shown in (pixels, pixels[:, :, ::-1]) if data.flip else (pixels,):
+            other = shown.reshape(len(shown), -1)
+            squares = (other**2).sum(axis=1) - 2 * flat @ other.T  # |a - b|^2 without |a|^2, which all have
+            if but is not None:
+                here = (but >= start) & (but < start + len(other))
+                squares[here, but[here] - start] = np.inf
+            found = squares.argmin(axis=1)
+            nearer = squares[np.arange(len(flat)), found] < least
+            best[nearer], least[nearer] = start + found[nearer], squares[nearer, found[nearer]]
+    twins = scaled(data.images[data.rows[best]])
+    far = ((images - twins) ** 2).mean(axis=(1, 2, 3))
+    if data.flip:
+        far = np.minimum(far, ((images - twins[:, :, ::-1]) ** 2).mean(axis=(1, 2, 3)))
+    return best, np.sqrt(far)
 
 
 def summary(e: Evaluation) -> str:

@@ -10,7 +10,8 @@ from test_train import config
 from minidiff import evaluate as module
 from minidiff.config import SampleConfig
 from minidiff.data import shapes
-from minidiff.evaluate import evaluate, fully_right, guidance_sweep, summary, write_report
+from minidiff.data.pictures import Pictures, scaled
+from minidiff.evaluate import evaluate, fully_right, guidance_sweep, nearest_pictures, summary, write_report
 from minidiff.train import averaged_weights, new_state
 
 
@@ -78,3 +79,24 @@ def test_a_report_of_a_real_model(tmp_path):
     assert {p.name for p in paths} == {"captions.png", "filmstrip.png", "guidance.png", "evaluation.json"}
     report = json.loads((tmp_path / "evaluation.json").read_text())
     assert report["n"] == 5 and report["scores"] == result.scores
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_nearest_picture_is_the_nearest_of_all(rng, flip):
+    pixels = rng.integers(0, 256, (1500, 4, 6, 3), np.uint8)
+    rows = rng.permutation(1500)[:1300]  # more than are compared at once
+    data = Pictures(pixels, rows, [("a",)] * 1300, (), (), "", 0, flip)
+    images = scaled(pixels[rows[[3, 1290, 700, 5]]])
+    images[1] = images[1, :, ::-1]
+    images[2] += 0.1
+    images[3] = rng.uniform(-1, 1, images[3].shape)
+    best, far = nearest_pictures(images, data)
+    each = scaled(pixels[rows])
+    ways = [each, each[:, :, ::-1]] if flip else [each]
+    squares = np.stack([((images[:, None].astype(float) - way) ** 2).mean(axis=(2, 3, 4)) for way in ways]).min(axis=0)
+    assert (best == squares.argmin(axis=1)).all()
+    np.testing.assert_allclose(far, np.sqrt(squares.min(axis=1)), rtol=1e-5)
+    assert far[0] == 0 and far[2] == pytest.approx(0.1, rel=1e-4) and (far[1] == 0) == flip
+    second, farther = nearest_pictures(images, data, but=best)
+    squares[np.arange(4), best] = np.inf
+    assert (second == squares.argmin(axis=1)).all() and (farther > far).all()
