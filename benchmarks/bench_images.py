@@ -5,8 +5,8 @@
 The run is an ordinary one in --out: interrupted, the same command goes on with it. Its first steps show how many steps
 --minutes are; --marks are shares of these. Only training counts as minutes; looking does not. The learning rate falls
 to zero over the whole run, so a grid from its middle is worse than that of a run that was planned to end there.
-Pictures with classes are judged by the classifier of `minidiff evaluate`. The pictures of the grid are compared with those
-of the set: copies of these would lie much nearer to them than they lie to each other.
+Pictures with classes are judged by the classifier of `minidiff evaluate`. The grid is compared with the set: copies lie
+much nearer to its pictures than these lie to each other.
 Writes results/images_PRESET-DEVICE.json, -loss.png and a grid for each mark.
 """
 

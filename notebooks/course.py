@@ -46,6 +46,12 @@ NEEDS = {
         "the step button is left out; the loop beneath it shows the same pictures",
         "`pip install ipywidgets`",
     ),
+    "runs": (
+        lambda: any((ROOT / "benchmarks" / "results").glob("images_*.json")),
+        "runs on real pictures",
+        "the cells that look at them show nothing",
+        "get the whole repository, with benchmarks/results; or make one: `python benchmarks/bench_images.py cifar10 --data data`",
+    ),
     "model": (
         lambda: _has_model(),
         "a trained model",
