@@ -7,7 +7,8 @@ The run is an ordinary one in --out: interrupted, the same command goes on with 
 to zero over the whole run, so a grid from its middle is worse than that of a run that was planned to end there.
 Pictures with classes are judged by the classifier of `minidiff evaluate`. The grid is compared with the set: copies lie
 much nearer to its pictures than these lie to each other.
-Writes results/images_PRESET-DEVICE.json, -loss.png and a grid for each mark.
+Writes results/images_PRESET-DEVICE.json, .loss.png and a grid for each mark; and nearest.png in the run's folder, the
+samples that are nearest to a picture of the set, each beside it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main() -> None:
     def look(state: TrainState, data: Dataset, path: Path) -> None:
         records = json.loads(done.read_text()) if done.exists() else []
         if len(records) < len(marks) and reached(marks[len(records)], state.config.train):
-            records.append(looked(args, state, data, judge, marks[len(records)]))
+            records.append(looked(args, state, data, judge, marks[len(records)], folder))
             done.write_text(json.dumps(records, indent=2))
 
     if fit(state, folder, look, data):
@@ -77,7 +78,9 @@ def begin(args: argparse.Namespace, folder: Path) -> tuple[TrainState, Any]:
     return new_state(config, data), data
 
 
-def looked(args: argparse.Namespace, state: TrainState, data: Dataset, judge: Any, mark: float) -> dict[str, Any]:
+def looked(
+    args: argparse.Namespace, state: TrainState, data: Any, judge: Any, mark: float, folder: Path
+) -> dict[str, Any]:
     """Draw a grid into the results; what the classifier says of n pictures, where there is one."""
     prompts = list(data.prompts)
     columns = len(prompts) if 5 <= len(prompts) <= 10 else 4
@@ -100,8 +103,8 @@ def looked(args: argparse.Namespace, state: TrainState, data: Dataset, judge: An
             [text for d in np.sort(far)[:8] for text in ("drawn", f"nearest picture: {d:.2f}")],
             8, title=f"{args.preset}: the samples that are nearest to a training picture",
         )  # fmt: skip
-        plotting.save(compared, results_path(f"images_{args.preset}", "nearest.png"))
-    title = f"{args.preset} after {mark:g} minutes, {images_seen:,} images"
+        plotting.save(compared, folder / "nearest.png")  # it shows pictures of the set, which may not be free
+    title = f"{args.preset} after {minutes:.0f} minutes, {images_seen:,} images"
     grid = plotting.image_grid(images, captions, columns, title=title)
     plotting.save(grid, results_path(f"images_{args.preset}", f"{mark:g}-minutes.png"))
     return {"mark": mark, "minutes": minutes, "step": state.step, "images": images_seen, "nearest": distances, **scores}

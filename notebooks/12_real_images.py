@@ -31,9 +31,10 @@ from PIL import Image
 
 from drawing_12 import Committed, committed_runs, visits_drawn, write_crops, write_kinds
 from minidiff import plotting, train
-from minidiff.classifier import open_classifier
+from minidiff.classifier import Classifier, cross_entropy, open_classifier
 from minidiff.config import load_config
-from minidiff.data import cifar10, decoded, images, open_pictures, pictures
+from minidiff.data import cifar10, images, open_pictures, pictures
+from minidiff.data.decoded import decoded
 from minidiff.data.pictures import Pictures, scaled
 from minidiff.evaluate import evaluate_classes, nearest_pictures
 from minidiff.sample import draw
@@ -144,7 +145,7 @@ print(type(data.images).__name__, data.images.shape, data.images.dtype)
 # gives another fingerprint, so another file. An old array is never taken for a new set.
 
 # %%
-source(decoded.decoded)
+source(decoded)
 
 # %% [markdown]
 # ### A walk through a finite set
@@ -197,7 +198,8 @@ source(cifar10.captions)
 # %%
 source(pictures.vocabulary)
 print(data.words)
-print(WordTokenizer(data.words, context=8).encode("the face of a giraffe"))
+tokenizer = WordTokenizer(data.words)
+print("not known:", tokenizer.unknown("the face of a giraffe"))
 
 # %% [markdown]
 # ## The recipe
@@ -313,8 +315,18 @@ if "cifar10" in runs:
 # ## Does it draw what was asked for?
 #
 # The pictures of `shapes` are judged by a program that knows what a triangle is. Nobody can write such a program for a
-# frog. But a network can learn to tell frogs from ships by looking at real photographs. Such a **classifier** then looks
-# at the drawn pictures, without seeing their captions, and names what it sees. The **agreement** of $n$ pictures is
+# frog. But a network can learn to tell frogs from ships by looking at real photographs. Ours is five convolutions with
+# GroupNorm (notebooks 3 and 4), the mean over all positions, and a linear layer with one output for each class, its
+# *logit*. The softmax (notebook 4) makes probabilities of the logits, and the loss is $-\log$ of the probability that the
+# true class got, the **cross-entropy**: 0 for one who is certain and right, and without limit for one who is certain and
+# wrong.
+
+# %%
+source(Classifier.forward, cross_entropy)
+
+# %% [markdown]
+# Such a **classifier** then looks at the drawn pictures, without seeing their captions, and names what it sees: the class
+# with the largest logit. The **agreement** of $n$ pictures is
 #
 # $$A = \frac1n \sum_{i=1}^n [\, k_i = c_i \,]$$
 #
@@ -391,11 +403,6 @@ table(
         for m in r["marks"]
     ],
 )  # fmt: skip
-if "cifar10" in runs:
-    figure(
-        Committed(Path(runs["cifar10"][1] + ".nearest.png")),
-        "The eight samples that are nearest to a training picture, each with that picture beside it.",
-    )
 
 # %% [markdown]
 # ## Your own folder, live
