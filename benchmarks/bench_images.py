@@ -7,8 +7,8 @@ The run is an ordinary one in --out: interrupted, the same command goes on with 
 to zero over the whole run, so a grid from its middle is worse than that of a run that was planned to end there.
 Pictures with classes are judged by the classifier of `minidiff evaluate`. The grid is compared with the set: copies lie
 much nearer to its pictures than these lie to each other.
-Writes results/images_PRESET-DEVICE.json, .loss.png and a grid for each mark; and nearest.png in the run's folder, the
-samples that are nearest to a picture of the set, each beside it.
+Writes results/images_PRESET-DEVICE.json, .md, .loss.png and a grid for each mark; and nearest.png in the run's folder,
+the samples that are nearest to a picture of the set, each beside it.
 """
 
 from __future__ import annotations
@@ -117,21 +117,45 @@ def write_results(args: argparse.Namespace, state: TrainState, data: Any, folder
     rate, seconds = [r["images_per_second"] for r in log], 60 * log[-1]["minutes"]
     config = config_to_dict(state.config)
     config["data"]["path"] = args.data
-    write_json(
-        f"images_{args.preset}",
-        {
-            "command": f"bench_images.py {args.preset} --data FOLDER --minutes {args.minutes:g} --marks {args.marks} "
-            + " ".join(args.settings),
-            "pictures": len(data),
-            "parameters": parameter_count(state.model),
-            "images_per_second": {"median": median(rate), "mean": log[-1]["images"] / seconds},
-            "share_of_time_waited_for_data": sum(r["waited"] for r in log) / seconds,
-            "memory_gb": log[-1]["memory_gb"],
-            "marks": records,
-            "loss": thinned(log),
-            "config": config,
-        },
+    facts = {
+        "command": f"bench_images.py {args.preset} --data FOLDER --minutes {args.minutes:g} --marks {args.marks} "
+        + " ".join(args.settings),
+        "pictures": len(data),
+        "parameters": parameter_count(state.model),
+        "images_per_second": {"median": median(rate), "mean": log[-1]["images"] / seconds},
+        "share_of_time_waited_for_data": sum(r["waited"] for r in log) / seconds,
+        "memory_gb": log[-1]["memory_gb"],
+        "marks": records,
+        "loss": thinned(log),
+        "config": config,
+    }
+    write_json(f"images_{args.preset}", facts)
+    results_path(f"images_{args.preset}", "md").write_text(table(facts))
+
+
+def table(facts: dict[str, Any]) -> str:
+    """What the marks showed, in Markdown, and how fast the run was."""
+    judged = "agreement" in facts["marks"][0]
+    head = ["after", "images", "epochs", *(["agreement (chance)"] if judged else []), "to the nearest picture"]
+    lines = [head, ["---"] * len(head)]
+    for m in facts["marks"]:
+        near, apart = (m["nearest"][of]["median"] for of in ("samples", "pictures"))
+        line = [f"{m['minutes']:.0f} minutes", f"{m['images']:,}", f"{m['images'] / facts['pictures']:.3g}"]
+        if judged:
+            share, chance = m["agreement"]["all"], m["chance"]["all"]
+            error = (share * (1 - share) / m["n"]) ** 0.5
+            line.append(f"{share:.1%} ± {error:.1%} ({chance:.0%})")
+        lines.append([*line, f"{near:.2f} ({apart:.2f})"])
+    rate, waited = facts["images_per_second"], facts["share_of_time_waited_for_data"]
+    said = (
+        f"{facts['pictures']:,} pictures, {facts['parameters'] / 1e6:.1f} million weights; {rate['mean']:.1f} images a "
+        f"second (median {rate['median']:.1f}), {waited:.2%} of the time spent waiting for data, "
+        f"{facts['memory_gb']:.1f} GB."
     )
+    if judged:
+        last = facts["marks"][-1]
+        said += f" Of unseen real pictures the classifier names {last['real']:.1%} rightly; n = {last['n']}."
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{said}\n"
 
 
 if __name__ == "__main__":
