@@ -116,10 +116,10 @@ def write_results(args: argparse.Namespace, state: TrainState, data: Any, folder
     plotting.save(loss, results_path(f"images_{args.preset}", "loss.png"))
     rate, seconds = [r["images_per_second"] for r in log], 60 * log[-1]["minutes"]
     config = config_to_dict(state.config)
-    config["data"]["path"] = args.data
+    config["data"]["path"] = "FOLDER"
     facts = {
         "command": f"bench_images.py {args.preset} --data FOLDER --minutes {args.minutes:g} --marks {args.marks} "
-        + " ".join(args.settings),
+        + " ".join([f"--n {args.n}", *args.settings]),
         "pictures": len(data),
         "parameters": parameter_count(state.model),
         "images_per_second": {"median": median(rate), "mean": log[-1]["images"] / seconds},
