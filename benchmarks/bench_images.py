@@ -7,8 +7,8 @@ The run is an ordinary one in --out: interrupted, the same command goes on with 
 to zero over the whole run, so a grid from its middle is worse than that of a run that was planned to end there.
 Pictures with classes are judged by the classifier of `minidiff evaluate`. The grid is compared with the set: copies lie
 much nearer to its pictures than these lie to each other.
-Writes results/images_PRESET-DEVICE.json, .md, .loss.png and a grid for each mark; and nearest.png in the run's folder,
-the samples that are nearest to a picture of the set, each beside it.
+Writes results/images_PRESET-DEVICE.json, .md, .loss.png, a grid for each mark and .progress.png, a row of each; and in
+the run's folder nearest.png, the samples that are nearest to a picture of the set, each beside it.
 """
 
 from __future__ import annotations
@@ -92,28 +92,34 @@ def looked(
             result = evaluate_classes(model, state.config.sample, *judge, args.n)
             scores = {"agreement": result.scores, "chance": result.chance["all"], "n": args.n, "real": judge[1]}
             print(result.headline)
-    twins, far = nearest_pictures(images, data)
-    some = some_of(len(data), len(images))
-    _, apart = nearest_pictures(scaled(data.images[data.rows[some]]), data, but=some)
-    distances = {name: {**summary(d), "least": float(d.min())} for name, d in (("samples", far), ("pictures", apart))}
-    if mark == args.minutes:
-        nearest = np.stack([images, scaled(data.images[data.rows[twins]])], axis=1)[np.argsort(far)[:8]]
-        compared = plotting.image_grid(
-            nearest.reshape(-1, *images.shape[1:]),
-            [text for d in np.sort(far)[:8] for text in ("drawn", f"nearest picture: {d:.2f}")],
-            8, title=f"{args.preset}: the samples that are nearest to a training picture",
-        )  # fmt: skip
-        plotting.save(compared, folder / "nearest.png")  # it shows pictures of the set, which may not be free
+    near = distances(images, data, folder / "nearest.png")
+    np.save(folder / f"{mark:g}-minutes.npy", plotting.to_uint8(images[:columns]))
     title = f"{args.preset} after {minutes:.0f} minutes, {images_seen:,} images"
     grid = plotting.image_grid(images, captions, columns, title=title)
     plotting.save(grid, results_path(f"images_{args.preset}", f"{mark:g}-minutes.png"))
-    return {"mark": mark, "minutes": minutes, "step": state.step, "images": images_seen, "nearest": distances, **scores}
+    return {"mark": mark, "minutes": minutes, "step": state.step, "images": images_seen, "nearest": near, **scores}
+
+
+def distances(images: np.ndarray, data: Any, path: Path) -> dict[str, dict[str, float]]:
+    """How far the samples are from the nearest picture of the set, and as many of these from theirs; draws the nearest.
+
+    The drawing holds pictures of the set, which may not be free: it is not for the results.
+    """
+    twins, far = nearest_pictures(images, data)
+    some = some_of(len(data), len(images))
+    _, apart = nearest_pictures(scaled(data.images[data.rows[some]]), data, but=some)
+    first = np.argsort(far)[:8]
+    pairs = np.stack([images[first], scaled(data.images[data.rows[twins[first]]])], axis=1)
+    texts = [text for d in far[first] for text in ("drawn", f"nearest picture: {d:.2f}")]
+    plotting.save(plotting.image_grid(pairs.reshape(-1, *images.shape[1:]), texts, 8), path)
+    return {name: {**summary(d), "least": float(d.min())} for name, d in (("samples", far), ("pictures", apart))}
 
 
 def write_results(args: argparse.Namespace, state: TrainState, data: Any, folder: Path, records: list[dict]) -> None:
     log = read_log(folder)
     loss = plotting.loss_curve({args.preset: log}, x="minutes", title=f"{args.preset}: training loss")
     plotting.save(loss, results_path(f"images_{args.preset}", "loss.png"))
+    plotting.save(progress(args.preset, data, folder, records), results_path(f"images_{args.preset}", "progress.png"))
     rate, seconds = [r["images_per_second"] for r in log], 60 * log[-1]["minutes"]
     config = config_to_dict(state.config)
     config["data"]["path"] = "FOLDER"
@@ -133,6 +139,14 @@ def write_results(args: argparse.Namespace, state: TrainState, data: Any, folder
     results_path(f"images_{args.preset}", "md").write_text(table(facts))
 
 
+def progress(preset: str, data: Any, folder: Path, records: list[dict]) -> plotting.Chart:
+    """The first row of every mark's grid, which all begin with the same noise, one below the other."""
+    rows = [scaled(np.load(folder / f"{m['mark']:g}-minutes.npy")) for m in records]
+    n = len(rows[0])
+    texts = [f"{m['minutes']:.0f} minutes: {caption}" for m in records for caption in list(data.prompts)[:n]]
+    return plotting.image_grid(np.concatenate(rows), texts, n, title=f"{preset}: from the same noise")
+
+
 def table(facts: dict[str, Any]) -> str:
     """What the marks showed, in Markdown, and how fast the run was."""
     judged = "agreement" in facts["marks"][0]
@@ -142,7 +156,7 @@ def table(facts: dict[str, Any]) -> str:
         near, apart = (m["nearest"][of]["median"] for of in ("samples", "pictures"))
         line = [f"{m['minutes']:.0f} minutes", f"{m['images']:,}", f"{m['images'] / facts['pictures']:.3g}"]
         if judged:
-            share, chance = m["agreement"]["all"], m["chance"]["all"]
+            share, chance = m["agreement"]["all"], m["chance"]
             error = (share * (1 - share) / m["n"]) ** 0.5
             line.append(f"{share:.1%} ± {error:.1%} ({chance:.0%})")
         lines.append([*line, f"{near:.2f} ({apart:.2f})"])
