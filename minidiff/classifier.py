@@ -131,7 +131,7 @@ def classifier_of(data: Pictures, config: DataConfig) -> tuple[Classifier, float
         train, test = data, open_pictures(dataclasses.replace(config, limit=0), seed=0, split="test")
     else:
         train, test = hold_out(data)
-    if test.classes != train.classes or not len(test):
+    if any(part.classes != data.classes or set(_labels(part)) != set(_labels(data)) for part in (train, test)):
         raise UserError(f"{config.path} has too few pictures: some of each class are to judge the classifier; add more")
     return *_kept(train, test, cache_folder(config)), len(test)
 

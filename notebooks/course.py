@@ -50,7 +50,7 @@ NEEDS = {
         lambda: any((ROOT / "benchmarks" / "results").glob("images_*.json")),
         "runs on real pictures",
         "the cells that look at them show nothing",
-        "get the whole repository, with benchmarks/results; or make one: `python benchmarks/bench_images.py cifar10 --data data`",
+        "`git checkout -- benchmarks/results` in a clone of the repository (docs/recipes.md says how they are made)",
     ),
     "model": (
         lambda: _has_model(),
@@ -190,7 +190,7 @@ def answer_of(
     if not np.isfinite(got).all():
         return Verdict(
             False,
-            "Your answer holds NaN or infinity: is there a division by 0, or a root of less?",
+            "Your answer holds NaN or infinity: is there a division by 0, or the root of a negative number?",
         )
     return got
 

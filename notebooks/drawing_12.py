@@ -30,6 +30,8 @@ def hopper() -> Image.Image:
 
 def write_crops(folder: Path, each: int = 60, seed: int = 12) -> None:
     """A subfolder for every part of the photograph, with crops of it as JPEG files: here and there, nearer and farther."""
+    if folder.exists():
+        return
     photo, rng = hopper(), np.random.default_rng(seed)
     for name, (left, top, width, height) in PARTS.items():
         (folder / name).mkdir(parents=True)
@@ -44,7 +46,7 @@ def write_crops(folder: Path, each: int = 60, seed: int = 12) -> None:
 
 def write_kinds(folder: Path) -> list[Path]:
     """The same photograph in files as people have them."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     photo = hopper().resize((256, 300))
     upright = Image.Exif()
     upright[0x0112] = 6  # the camera was held on its side

@@ -176,6 +176,10 @@ def test_pictures_that_no_classifier_can_be_made_of(tmp_path, trained):
     folder_of_classes(tmp_path / "few" / "data", n=4)
     with pytest.raises(UserError, match="has too few pictures"):
         open_classifier(settings(tmp_path / "few"))
+    folder_of_classes(tmp_path / "one" / "data", names=("cat",))
+    folder_of_classes(tmp_path / "one" / "data", n=5, names=("dog",))  # none of which is kept for judging
+    with pytest.raises(UserError, match="has too few pictures: some of each class"):
+        open_classifier(settings(tmp_path / "one"))
     folder_of_classes(tmp_path / "data", names=("dog",))
     for file in (tmp_path / "data").rglob("*.png"):
         file.with_suffix(".txt").write_text("a caption")
