@@ -58,7 +58,7 @@ for file in files:
     with Image.open(file) as image:
         notes.append(f"{file.name}: {image.mode}, {image.width} x {image.height}")
 figure(
-    plotting.image_grid(scaled(np.stack([images.read_image(f, 96) for f in files])), notes, 6),
+    plotting.image_grid(scaled(np.stack([images.read_image(f, 64) for f in files])), notes, 6),
     "Six files of one photograph, and what the loader makes of each. Below: how its pixels are stored. RGB are red, green and "
     "blue; with P each pixel is a number in a list of colours, a palette; RGBA has a fourth number, how opaque the pixel is; "
     "I;16 is grey with 16 bits. All six come out upright, square and with three numbers a pixel. (Commodore Grace Hopper, by "
@@ -122,11 +122,11 @@ print(data.summary())
 
 # %%
 kinds = data.classes[:8]  # none, where each picture has a caption of its own
-shown = [k for c in range(len(kinds)) for k in np.flatnonzero(data.labels == c)[:6]]
-shown = shown or list(range(min(24, len(data))))
+shown = [k for c in range(len(kinds)) for k in np.flatnonzero(data.labels == c)[:4]]
+shown = shown or list(range(min(16, len(data))))
 figure(
     plotting.image_grid(
-        scaled(data.images[data.rows[shown]]), [data.captions[k][0] for k in shown], 6
+        scaled(data.images[data.rows[shown]]), [data.captions[k][0] for k in shown], 4
     ),
     "Some pictures of the set as the network gets them, 32 by 32 pixels, with their captions.",
 )
@@ -268,7 +268,7 @@ table(["", *presets], [[name, *map(of, presets.values())] for name, of in settin
 # prepares meanwhile. `memory` is the most that the process ever held. The commands are below the table.
 
 # %%
-runs = committed_runs(ROOT)
+runs = committed_runs(ROOT)  # empty, where there are none
 table(
     ["run", "pictures", "weights", "measured on", "images a second", "images seen", "epochs", "waited", "memory"],
     [
@@ -319,20 +319,21 @@ if runs:
 
 # %%
 def show(name):
-    """How the pictures of a committed run became better, and what it drew in the end."""
+    """How the pictures of a committed run became better."""
     if name not in runs:
         return print(f"There is no run of {name} in benchmarks/results.")
     record, base = runs[name]
     figure(
         Committed(Path(f"{base}.progress.png")),
-        f"What the model of {name} draws in the course of its training, always from the same noise.",
+        f"What the model of {name} draws in the course of its training, always from the same noise. No picking: these are the "
+        "first ones of each grid.",
     )
-    last = record["marks"][-1]
-    figure(
-        Committed(Path(f"{base}.{last['mark']:g}-minutes.png")),
-        f"What it draws in the end, after {last['images']:,} images, {last['images'] / record['pictures']:.1f} epochs. No "
-        "picking: these are the first ones.",
-    )
+    for mark in record["marks"]:
+        seen = f"{mark['images']:,} images, {mark['images'] / record['pictures']:.3g} epochs"
+        file = Path(f"{base}.{mark['mark']:g}-minutes.png")
+        print(
+            f"all that it drew after {mark['minutes']:.0f} minutes ({seen}): benchmarks/results/{file.name}"
+        )
 
 
 show("cifar10")
@@ -482,11 +483,11 @@ figure(
 )
 
 # %%
-asked = [caption for caption in data.prompts[:8] for _ in range(6)]
+asked = [caption for caption in data.prompts[:8] for _ in range(5)]
 sampling = replace(small.sample, steps=25, guidance=1.5)
 with train.averaged_weights(state) as model:
     drawn = draw(model, asked, sampling)
-figure(plotting.image_grid(drawn, asked, 6), "What it draws, six pictures for each caption.")
+figure(plotting.image_grid(drawn, asked, 5), "What it draws, five pictures for each caption.")
 
 # %% [markdown]
 # A classifier of these classes is small, and quickly trained. One picture in ten is kept from it, to see how it does on what
@@ -519,8 +520,9 @@ figure(
 )
 
 # %% [markdown]
-# The crops overlap, so each of them has near neighbours, and a new crop would be about as near to one. If the drawn pictures
-# are about as far from the set as its own pictures are from each other, they are no copies of single pictures.
+# The crops overlap, so each of them has near neighbours, and a new crop would be about as near to one. Copies would be much
+# nearer. If the drawn pictures are as far from the set as its own pictures are from each other, or farther, because not all
+# is drawn well, then the model has put them together itself.
 
 # %% [markdown]
 # ## Going on

@@ -137,7 +137,9 @@ def main() -> int:
         faults = [fault for s in chosen if (fault := differences(s))]
         print("\n".join(faults) or f"{len(chosen)} notebooks agree with their sources")
         return bool(faults)
-    os.environ["MINIDIFF_NOTEBOOK_BUILD"] = "1"
+    os.environ.update(
+        MINIDIFF_NOTEBOOK_BUILD="1", TQDM_DISABLE="1"
+    )  # bars tell of times, which differ
     for s in chosen:
         since = time.perf_counter()
         try:
