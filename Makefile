@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
+EXTRA  := $(BIN)/pip install --quiet --disable-pip-version-check# minidiff is there: only what an extra adds is fetched
 
 .PHONY: help setup demo test lint bench notebooks lab gpu-build gpu-test gpu-bench clean
 .DEFAULT_GOAL := help
@@ -30,7 +31,7 @@ test: setup  ## run the tests (no PyTorch needed)
 	$(BIN)/python -m pytest
 
 lint: setup  ## check style and types
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[lint]'
+	$(EXTRA) 'minidiff[lint]'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -44,11 +45,11 @@ bench: setup  ## measure everything, against PyTorch where it is installed: benc
 		$(BIN)/python benchmarks/bench_unet.py && $(BIN)/python benchmarks/bench_profile.py; fi
 
 notebooks: setup  ## execute all notebooks and write them with their outputs
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[notebooks]'
+	$(EXTRA) 'minidiff[notebooks]'
 	$(BIN)/python notebooks/build.py
 
 lab: setup  ## open the notebooks in JupyterLab
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[lab]'
+	$(EXTRA) 'minidiff[lab]'
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 # On a machine with a GPU, with its own Python: numpy, cupy, pytest, pybind11, ninja and nvcc are all it needs, and torch
