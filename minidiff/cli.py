@@ -16,6 +16,7 @@ from minidiff import __version__
 from minidiff.errors import UserError, UserNotice
 
 DEMO_RUN = "runs/demo"
+TOGETHER = 4  # pictures of a pretrained model that are drawn in one batch: more take memory, and hardly save time
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,11 +50,13 @@ def _notices_said() -> Iterator[None]:
     """Print notices to the user as one sentence each, without the line of code that they come from."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserNotice)
-        others = warnings.showwarning
+        others, said = warnings.showwarning, set()
 
         def say(message: Any, category: Any, *where: Any, **rest: Any) -> None:
             if issubclass(category, UserNotice):
-                print(f"minidiff: {message}", file=sys.stderr)
+                if str(message) not in said:
+                    print(f"minidiff: {message}", file=sys.stderr)
+                said.add(str(message))
             else:
                 others(message, category, *where, **rest)
 
@@ -343,8 +346,12 @@ def _sample_pretrained(args: argparse.Namespace) -> int:
     sampling = read_scheduler(pipe.scheduler, sampler)
     settings = replace(settings, sampler=sampling.sampler, **own)
     w, negative = guidance(settings, sampling.schedule.T), args.negative or ""
-    drawn = pipe(captions, settings.steps, w, negative, args.seed, sampler, size, eta=settings.eta, output="array")
-    images = np.asarray(drawn)
+    rest = (settings.steps, w, negative, args.seed, sampler, size)
+    walks = [  # what does not fit is refused here, before anything is drawn
+        pipe.denoise(captions[i : i + TOGETHER], *rest, eta=settings.eta, first=i)
+        for i in range(0, len(captions), TOGETHER)
+    ]
+    images = np.concatenate([pipe.draw(walk) for walk in walks])
     names = ("sampler", "steps", "guidance", "eta", "rescale", "interval")
     facts = {name: getattr(settings, name) for name in names}
     facts |= {name: getattr(sampling, name) for name in ("prediction", "spacing", "karras", "clip")}

@@ -71,6 +71,10 @@ def test_samples_depend_on_the_seed_and_their_number_alone(pipe):
     four = draw(pipe, "a photo", count=4)
     np.testing.assert_allclose(four[0], both[0], atol=2e-5)
     assert np.abs(draw(pipe, "a photo", seed=1) - four[:1]).max() > 1e-2
+    for sampler in ("ddim", "ddpm"):  # parts of a batch, with their own starting noise and their own noise in each step
+        whole = draw(pipe, "a photo", sampler=sampler, count=3)
+        parts = [draw(pipe, "a photo", sampler=sampler, count=n, first=first) for first, n in ((0, 2), (2, 1))]
+        np.testing.assert_allclose(np.concatenate(parts), whole, atol=2e-5)
 
 
 def test_sizes(pipe, folder, tmp_path):
@@ -167,6 +171,7 @@ def test_long_prompts_are_cut_and_the_words_named(pipe):
         (dict(sampler="euler", eta=0.5), "eta is ddim's; euler has none"),
         (dict(prompt=[]), "nothing to draw: 0 prompts"),
         (dict(count=0), "nothing to draw: 1 prompts, 0 times"),
+        (dict(first=-1), "first, a sample's number, must not be negative, got -1"),
         (dict(seed=-1), "the seed must be in 0..2^64 - 1"),
         (dict(negative_prompt=[]), "give one negative prompt"),
     ],
@@ -430,6 +435,15 @@ def test_the_command_draws_several_into_a_folder(folder, tmp_path, capsys, monke
     pictures = sorted((tmp_path / "sample-001").iterdir())
     assert [Image.open(p).text["prompt"] for p in pictures] == ["a cat", "a cat", "a dog", "a dog"]
     assert [Image.open(p).text["sampler"] for p in pictures] == ["ddim"] * 4
+    monkeypatch.setattr("minidiff.cli.TOGETHER", 3)  # in two parts: the same pictures, and every notice once
+    long = "a cat " * 40
+    several = run(capsys, "sample", "a cat", "a dog", "--count", 2, "--pretrained", folder, "--sample.steps", 2)
+    assert several[:2] == (0, "sample-002\n")
+    for one, other in zip(pictures, sorted((tmp_path / "sample-002").iterdir()), strict=True):
+        difference = np.asarray(Image.open(one)).astype(int) - np.asarray(Image.open(other))
+        assert np.abs(difference).max() <= 1
+    status, _, notes = run(capsys, "sample", long, "--count", 4, "--pretrained", folder, "--sample.steps", 1)
+    assert status == 0 and notes.count("cut off") == 1
 
 
 def test_the_command_says_what_is_done_otherwise(folder, tmp_path, capsys):

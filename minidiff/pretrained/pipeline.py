@@ -81,10 +81,11 @@ class Pipeline:
         latents: Array | None = None,
         noise: Noise | None = None,
         eta: float = 0.0,
+        first: int = 0,
         output: Literal["image", "array", "latent"] = "image",
         progress: bool | None = None,
     ) -> list[Image.Image] | np.ndarray:
-        """Draw `count` pictures of each prompt; the arguments up to `eta` are those of `denoise`.
+        """Draw `count` pictures of each prompt; the arguments up to `first` are those of `denoise`.
 
         output: "image" gives Pillow images, "array" float32 (B, H, W, 3), nominally in [-1, 1], "latent" what the last
         step gives, float32 (B, h, w, c). progress: a bar on stderr; None: where that is a terminal.
@@ -93,14 +94,16 @@ class Pipeline:
             raise ValueError(f"output must be image, array or latent, got {output!r}")
         walk = self.denoise(
             prompt, steps, guidance, negative_prompt, seed, sampler, size, count=count, latents=latents, noise=noise,
-            eta=eta,
+            eta=eta, first=first,
         )  # fmt: skip
-        for step in tqdm(walk, unit="step", disable=None if progress is None else not progress):
-            latents = step.x_prev
         if output == "latent":
-            return to_numpy(latents)
-        images = self.decode(latents)
+            return to_numpy(_last(walk, progress))
+        images = self.draw(walk, progress)
         return images if output == "array" else [Image.fromarray(image) for image in plotting.to_uint8(images)]
+
+    def draw(self, walk: Walk, progress: bool | None = None) -> np.ndarray:
+        """Images float32 (B, H, W, 3), nominally in [-1, 1], of what the walk ends with."""
+        return self.decode(_last(walk, progress))
 
     def denoise(
         self,
@@ -116,6 +119,7 @@ class Pipeline:
         latents: Array | None = None,
         noise: Noise | None = None,
         eta: float = 0.0,
+        first: int = 0,
     ) -> Walk:
         """Walk from noise to latents, yielding every step; `decode` turns any of its arrays into images.
 
@@ -124,8 +128,9 @@ class Pipeline:
         is none. negative_prompt: what stands in place of no text, one or one for each prompt. sampler: one of
         `SAMPLERS`; None is the folder's own. size: the pictures' side, or (height, width), in pixels.
         latents: the starting noise (B, h, w, c), standard normal, B = prompts times count; sample i is otherwise drawn
-        from (seed, i), whatever else is in the batch. noise(i): what a stochastic sampler adds at step i, shaped like
-        the latents. eta: ddim's noise, 0..1.
+        from (seed, first + i), whatever else is in the batch: parts of a large batch, drawn one after the other, give
+        the same pictures. noise(i): what a stochastic sampler adds at step i, shaped like the latents. eta: ddim's
+        noise, 0..1.
         Raises UserError for what does not fit the model, before anything is computed. Warns of words that are cut off.
         """
         sampling, timesteps = self._sampling(sampler, self.steps if steps is None else steps)
@@ -139,12 +144,15 @@ class Pipeline:
         if not (_whole(seed) and 0 <= seed < 2**64):
             raise UserError(f"the seed must be in 0..2^64 - 1, got {seed!r:.40}")
         prompts = self._texts(prompt)
+        if not (_whole(first) and first >= 0):
+            raise UserError(f"first, a sample's number, must not be negative, got {first!r:.40}")
         if not _whole(count) or count < 1 or not prompts:
             raise UserError(f"nothing to draw: {len(prompts)} prompts, {count} times")
         negatives = self._negatives(negative_prompt, len(prompts), count)
         prompts = [text for text in prompts for _ in range(count)]
         shape = (len(prompts), *self._latent_shape(size, latents))
-        x_T = self._noise(latents, seed, shape)
+        samples = range(first, first + len(prompts))
+        x_T = self._noise(latents, seed, samples, shape)
         cond = uncond = None
         if self.text_encoder is not None:
             cond, uncond = self.condition(prompts), self.condition(negatives)
@@ -152,7 +160,7 @@ class Pipeline:
         walk = SAMPLERS[sampling.sampler](
             _Network(self.unet), sampling.start(x_T, timesteps), cond, uncond,
             guidance if cond is not None else 1.0, timesteps, sampling.schedule,
-            (lambda i: Draw(seed, range(len(prompts)), i + 1, Purpose.STEP_NOISE)) if noise is None
+            (lambda i: Draw(seed, samples, i + 1, Purpose.STEP_NOISE)) if noise is None
             else (lambda i: self._given(noise(i), shape, "noise")),
             clip=sampling.clip, prediction=sampling.prediction, **options,
         )  # fmt: skip
@@ -250,9 +258,9 @@ class Pipeline:
             )
         return H // self._pixels, W // self._pixels, self.unet.config.in_channels
 
-    def _noise(self, latents: Array | None, seed: int, shape: tuple[int, ...]) -> Array:
+    def _noise(self, latents: Array | None, seed: int, samples: range, shape: tuple[int, ...]) -> Array:
         if latents is None:
-            return self.array_module.asarray(normal(seed, range(shape[0]), 0, Purpose.START_NOISE, shape[1:]))
+            return self.array_module.asarray(normal(seed, samples, 0, Purpose.START_NOISE, shape[1:]))
         return self._given(latents, shape, "latents")
 
     def _given(self, array: Any, shape: tuple[int, ...], name: str) -> Array:
@@ -284,6 +292,13 @@ class Walk(Iterator[SamplerStep]):
 
     def __len__(self) -> int:
         return self._steps
+
+
+def _last(walk: Walk, progress: bool | None) -> Array:
+    """The latents that a walk ends with; progress: a bar on stderr, None: where that is a terminal."""
+    for step in tqdm(walk, unit="step", disable=None if progress is None else not progress):
+        latents = step.x_prev
+    return latents
 
 
 class _Network:
