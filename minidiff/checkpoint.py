@@ -35,7 +35,7 @@ def save_checkpoint(path: Path, parts: dict[str, dict[str, Array]], about: dict[
         for part, arrays in parts.items()
         for name, array in arrays.items()
     }
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, metadata={"format": FORMAT, "about": json.dumps(about)})
         os.umask(mask := os.umask(0o077))  # there is no other way to read it

@@ -7,6 +7,9 @@ class from the others, to the eye of a small network; that is less than looking 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +20,12 @@ from minidiff.backend import array_module
 from minidiff.checkpoint import load_checkpoint, save_checkpoint
 from minidiff.data import DataConfig, cache_folder, open_pictures
 from minidiff.data.pictures import Pictures, scaled
-from minidiff.errors import UserError
+from minidiff.errors import UserError, UserNotice
 from minidiff.nn import Conv2d, GroupNorm, Linear, Module
 from minidiff.optim import OPTIMIZERS, clip_factor, gradient_norm, learning_rate
 from minidiff.tensor import Tensor, no_grad
 
+VERSION = 1  # of how a classifier is made and trained; one of another version is not taken for it
 WIDTHS = (48, 96, 192)  # channels at full, half and a quarter of the resolution
 EPOCHS, BATCH, LR = 5, 64, 1e-3
 
@@ -109,7 +113,9 @@ def open_classifier(config: DataConfig, longest: int = 1000) -> tuple[Classifier
 
 def pictures_with_classes(config: DataConfig, longest: int = 1000) -> Pictures:
     """The whole set, whatever its limit. Raises UserError where it has no two classes."""
-    data = open_pictures(dataclasses.replace(config, limit=0), seed=0, longest=longest)
+    beyond = config.limit > 0 and config.name != "cifar10"  # training did not see all: what is broken is left out
+    whole = dataclasses.replace(config, limit=0, skip_broken=config.skip_broken or beyond)
+    data = open_pictures(whole, seed=0, longest=longest)
     if data.labels is None:
         raise UserError(
             f"the pictures of {config.path} are not sorted into classes, so there is nothing to judge them by"
@@ -137,19 +143,24 @@ def classifier_of(data: Pictures, config: DataConfig) -> tuple[Classifier, float
 
 
 def _kept(train: Pictures, test: Pictures, cache: Path) -> tuple[Classifier, float]:
-    path = cache / f"classifier-{train.content[:16]}.safetensors"
+    made_from = [VERSION, WIDTHS, EPOCHS, BATCH, LR, train.content, test.content, train.classes]
+    name = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+    path = cache / f"classifier-{name}.safetensors"
     if path.is_file():
         try:
             parts, about = load_checkpoint(path, ("model",))
             model = Classifier(len(train.classes), seed=None)
             model.load(parts["model"], str(path))
             return model, about["accuracy"]
-        except (ValueError, KeyError) as e:
+        except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{path} is damaged or of other pictures; remove it, and it is trained anew") from e
     model = train_classifier(train)
     right = accuracy(model, test)
-    cache.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, {"model": model.state()}, {"accuracy": right, "classes": train.classes})
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, {"model": model.state()}, {"accuracy": right, "classes": train.classes})
+    except (OSError, UserError) as e:
+        warnings.warn(f"the classifier is not kept, and trained anew the next time: {e}", UserNotice, stacklevel=2)
     return model, right
 
 

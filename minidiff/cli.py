@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -105,10 +106,12 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FOLDER", help="the run's folder, which must not hold a run yet (default: runs/PRESET)"
     )
     p.add_argument(
-        "--resume", metavar="FOLDER", help="go on with this run; `train` settings given here replace its own"
+        "--resume",
+        metavar="FOLDER",
+        help="go on with this run; settings of `train` and `sample`, and --data, replace its own",
     )
     p.add_argument(
-        "--data", dest="data.path", metavar="FOLDER", default=argparse.SUPPRESS,
+        "--data", dest="data.path", metavar="PATH", default=argparse.SUPPRESS,
         help="the pictures to train on: CIFAR-10, COCO, or a folder of your own, as the preset expects them",
     )  # fmt: skip
     _add_settings(p, SECTIONS, "if no preset sets it")
@@ -183,7 +186,9 @@ def _parser() -> argparse.ArgumentParser:
         "download",
         help="fetch a dataset, or go on with a broken download",
         description="Fetch a dataset's archive from its authors, check its published checksum, and leave it unpacked: "
-        "the loaders read the archive. The same command goes on with a download that was broken off.",
+        "the loaders read the archive. The same command goes on with a download that was broken off. The authors' "
+        "server is slow: an hour is not unusual. An archive that you have from elsewhere needs no download: put it, or "
+        "the unpacked folder, into --out.",
     )
     p.add_argument("name", choices=["cifar10"], help="the dataset")
     p.add_argument("--out", default="data", metavar="FOLDER", help="where to put it (default: %(default)s)")
@@ -228,6 +233,7 @@ def _add_settings(parser: argparse.ArgumentParser, sections: dict[str, type], de
             value = f.default if f.default is not MISSING else None
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
             name = getattr(hints[f.name], "__name__", "value")
+            shown = "none" if shown == "" else shown
             group.add_argument(
                 f"--{section}.{f.name}",
                 metavar={"int": "N", "float": "X", "bool": "BOOL", "tuple": "A,B,..."}.get(name, "NAME"),
@@ -280,6 +286,12 @@ def _begun(args: argparse.Namespace) -> tuple[Any, Any, Path]:
         raise UserError(
             f"{folder} exists and is not empty; go on with it (--resume {folder}) or choose another folder (--out)"
         )
+    pictures, place = Path(config.data.path).resolve(), folder.resolve()
+    if config.data.name == "folder" and config.data.path and pictures in (place, *place.parents):
+        raise UserError(
+            f"{folder} lies in {config.data.path}: what the run draws would be among its training pictures; "
+            "name a folder outside (--out)"
+        )
     data = data_of(config)
     state = new_state(config, data)
     folder.mkdir(parents=True, exist_ok=True)
@@ -294,6 +306,9 @@ def _resumed(args: argparse.Namespace) -> tuple[Any, Any, Path]:
         raise UserError("--resume goes on with a run as it is: name neither a preset nor --out beside it")
     folder = Path(args.resume)
     state = load_state(folder / FILE, _overrides(args))
+    path = Path(state.config.data.path)
+    if state.config.data.path and not path.exists():
+        raise UserError(f"the pictures of this run are no longer in {path}; say with --data where they are now")
     return state, data_of(state.config), folder
 
 
@@ -413,6 +428,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     else:
         data = pictures_with_classes(config.data, config.text.context - 2)
         foreign = [prompt for prompt in data.prompts if model.tokenizer.unknown(prompt)]
+        if foreign and config.data.limit:
+            raise UserError(f"this model does not know {foreign[0]!r}: its --data.limit left that class out")
         if foreign:
             raise UserError(
                 f"this model does not know {foreign[0]!r}, a class in {config.data.path}; name, with --data, the "
@@ -444,7 +461,7 @@ def _download(args: argparse.Namespace) -> int:
     from minidiff.download import download
 
     path = download(args.name, Path(args.out), args.form, args.mirror)
-    print(f"{path}; to train on it: minidiff train {args.name} --data {args.out}")
+    print(f"{path}; to train on it: minidiff train {args.name} --data {shlex.quote(args.out)}")
     return 0
 
 

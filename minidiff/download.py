@@ -6,6 +6,7 @@ this is urllib, with no further dependency, and a wrong answer is refused before
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -18,6 +19,11 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two downloads apart
+    fcntl = None  # type: ignore[assignment]
 
 from tqdm import tqdm
 
@@ -161,10 +167,35 @@ def _verified(path: Path, file: File) -> Path:
 def _fetch(url: str, path: Path, file: File) -> Path:
     """Fetch and verify; bytes that were put together from pieces and are wrong get one chance from the beginning."""
     part = path.with_name(f"{path.name}.part")
+    with _alone(part):
+        return _fetch_alone(url, part, path, file)
+
+
+@contextlib.contextmanager
+def _alone(part: Path) -> Iterator[None]:
+    """Keep another process from writing the same file. Raises UserError where one does."""
+    if part.is_symlink():
+        raise UserError(f"{part} is a link; remove it and run the command again")
+    if not fcntl:
+        yield
+        return
+    with open(part, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"another download is writing {part}; wait for it") from e
+        try:
+            yield
+        finally:
+            if not _size(part):
+                part.unlink(missing_ok=True)
+
+
+def _fetch_alone(url: str, part: Path, path: Path, file: File) -> Path:
     pieced = _fill(url, part, file)
     difference = _difference(part, file)
     if difference and pieced:
-        part.unlink()
+        os.truncate(part, 0)
         tqdm.write(f"{part.name} had {difference}; beginning again", file=sys.stderr)
         _fill(url, part, file)
         difference = _difference(part, file)
@@ -228,8 +259,9 @@ def _start(response: HTTPResponse, asked: int, file: File) -> int:
 
     An answer that is not about the published file is refused here, before it replaces any byte on the disk.
     """
-    if response.headers.get_content_type() == "text/html":
-        raise _Failed("a web page comes in the file's place")
+    kind = response.headers.get("Content-Type", "").lower()
+    if kind.startswith("text/") or "html" in kind or "json" in kind:
+        raise _Failed("a web page or a message comes in the file's place")
     if response.status == 206:
         span = re.fullmatch(r"bytes (\d{1,18})-\d+/(\d{1,18}|\*)", response.headers.get("Content-Range", ""))
         if not span or int(span[1]) != asked:

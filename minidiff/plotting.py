@@ -28,6 +28,7 @@ INK, GREY, FAINT = "#222222", "#666666", "#dddddd"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", INK, "#E69F00", "#56B4E9")
 STYLES = ("-", (0, (5, 1.5)), (0, (7, 1.5, 1.5, 1.5)), (0, (3, 1)), "-", (0, (9, 2)), (0, (4, 1, 1, 1, 1, 1)))
 TEXT, TITLE = 9, 11  # font sizes, points
+LONGEST = 200  # characters of a caption that stand under its image
 LINE = 1.3  # line height, font sizes
 X_LABELS = {"step": "training step", "images": "training images seen", "minutes": "training time (minutes)"}
 
@@ -109,7 +110,8 @@ def image_grid(
     if captions is not None:
         alt += ": " + "; ".join(captions)
     marks = [""] * n if verdicts is None else map(_mark, verdicts)
-    labels = [f"{m} {c}".strip() for m, c in zip(marks, captions or [""] * n, strict=True)]
+    texts = [c if len(c) <= LONGEST else f"{c[: LONGEST - 1]}…" for c in captions or [""] * n]
+    labels = [f"{m} {c}".strip() for m, c in zip(marks, texts, strict=True)]
     rows = [slice(i, i + columns) for i in range(0, n, columns)]
     return _tiles([pixels[r] for r in rows], [labels[r] for r in rows], alt + ".", title=title)
 

@@ -266,11 +266,37 @@ def test_binary_records_with_a_wrong_label(tmp_path):
     refused(lambda: read(tmp_path), "data_batch_4.bin", "image 2", "0..9", AGAIN)
 
 
-@pytest.mark.parametrize("names", [["cat"] * 10, list(CLASSES[:9]), [*CLASSES, "more"], []])
+@pytest.mark.parametrize(
+    "names", [["cat"] * 10, list(CLASSES[:9]), [*CLASSES, "more"], [], [*CLASSES[:9], "!!!"], [*CLASSES[:9], "Cat!"]]
+)
 def test_wrong_names_in_the_binary_form(tmp_path, names):
     write_binary(tmp_path / BINARY, small_cifar(1))
     (tmp_path / BINARY / "batches.meta.txt").write_text("\n".join(names))
     refused(lambda: read(tmp_path), "batches.meta.txt", "10 different classes")
+
+
+def test_class_names_with_a_byte_order_mark_and_umlauts(tmp_path):
+    write_binary(tmp_path / BINARY, small_cifar(1))
+    names = ["flugzeug", "vögel", *CLASSES[2:]]
+    (tmp_path / BINARY / "batches.meta.txt").write_bytes(b"\xef\xbb\xbf" + "\n".join(names).encode())
+    assert read(tmp_path)[2] == tuple(names)
+    (tmp_path / BINARY / "batches.meta.txt").write_bytes("\n".join(names).encode("latin-1"))
+    assert read(tmp_path)[2] == tuple(names)
+
+
+def test_a_batch_cut_at_a_whole_record_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "MOST_IMAGES", 6)
+    write_binary(tmp_path / BINARY, small_cifar(6))
+    assert len(read(tmp_path)[0]) == 30
+    file = tmp_path / BINARY / "data_batch_3.bin"
+    file.write_bytes(file.read_bytes()[: 4 * 3073])
+    refused(lambda: read(tmp_path), "data_batch_3.bin has 4 images and others 6", AGAIN)
+
+
+def test_a_link_of_another_name(tmp_path):
+    write_binary(tmp_path / "real" / BINARY, small_cifar(1))
+    (tmp_path / "mine").symlink_to(tmp_path / "real" / BINARY)
+    assert len(read(tmp_path / "mine")[0]) == 5
 
 
 @pytest.mark.parametrize(
@@ -446,6 +472,13 @@ def test_small_pickles_that_grow_are_not_begun(tmp_path, what, words):
     refused(lambda: read(tmp_path, "test"), "test_batch", words)
 
 
+def test_a_pickle_of_many_parts_is_not_begun(tmp_path):
+    write_python(tmp_path / PYTHON, small_cifar(1))
+    many = b"\x80\x04(" + b"\x8f" * 200_001 + b"l."  # empty sets, 200 times as large in memory as here
+    (tmp_path / PYTHON / "test_batch").write_bytes(many)
+    refused(lambda: read(tmp_path, "test"), "test_batch", "over 200000 parts", "nothing in it was executed")
+
+
 def test_the_payloads_would_have_been_executed(tmp_path):
     """Else the test above shows nothing."""
     made = 0
@@ -532,6 +565,21 @@ def test_members_that_the_published_archive_has_not(tmp_path, name, content, wor
     archive(tmp_path / BINARY_ARCHIVE, pairs)
     sentence = refused(lambda: read(tmp_path), tmp_path / BINARY_ARCHIVE, *words)
     assert sentence.isprintable() and [p.name for p in tmp_path.iterdir()] == [BINARY_ARCHIVE]
+
+
+def test_an_archive_of_very_many_members(tmp_path):
+    archive(tmp_path / BINARY_ARCHIVE, {f"{i}": b"" for i in range(1001)})
+    refused(lambda: read(tmp_path), BINARY_ARCHIVE, "over 1000 members")
+
+
+def test_an_archive_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    archive(tmp_path / BINARY_ARCHIVE, whole_members())
+
+    def fail(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cifar10.gzip, "open", fail)
+    refused(lambda: read(tmp_path), BINARY_ARCHIVE, "cannot be read (Permission denied)", "check its permissions")
 
 
 def test_other_files_in_the_archive_do_not_count(tmp_path):

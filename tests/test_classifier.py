@@ -12,7 +12,7 @@ from minidiff import classifier as module
 from minidiff.classifier import Classifier, accuracy, classify, cross_entropy, hold_out, open_classifier
 from minidiff.data import DataConfig
 from minidiff.data.pictures import Pictures
-from minidiff.errors import UserError
+from minidiff.errors import UserError, UserNotice
 from minidiff.gradcheck import gradcheck
 
 
@@ -135,6 +135,26 @@ def test_it_is_trained_once_and_kept(tmp_path, trained):
     open_classifier(config)
     assert len(trained) == 2  # other pictures, another classifier
     assert len(list((tmp_path / "cache").glob("classifier-*.safetensors"))) == 2
+
+
+def test_one_that_was_trained_in_another_way_is_another(tmp_path, trained, monkeypatch):
+    folder_of_classes(tmp_path / "data")
+    open_classifier(settings(tmp_path))
+    monkeypatch.setattr(module, "EPOCHS", module.EPOCHS + 1)
+    open_classifier(settings(tmp_path))
+    assert len(trained) == 2
+
+
+def test_one_that_cannot_be_kept_judges_all_the_same(tmp_path, trained, monkeypatch):
+    folder_of_classes(tmp_path / "data")
+
+    def full(*_):
+        raise UserError("cannot write x (No space left on device)")
+
+    monkeypatch.setattr(module, "save_checkpoint", full)
+    with pytest.warns(UserNotice, match=r"is not kept, and trained anew the next time: cannot write x"):
+        _, right, judged, _ = open_classifier(settings(tmp_path))
+    assert judged == 4 and 0 <= right <= 1
 
 
 def test_that_of_cifar10_is_judged_by_the_test_batch(tmp_path, trained, monkeypatch):

@@ -4,8 +4,11 @@ import contextlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +97,7 @@ def config(name, path, **changes):
         ({"name": "coco", "match": ")("}, ["data.match", "')('", "no regular expression"]),
         ({"name": "coco", "match": "("}, ["data.match", "'('", "no regular expression"]),
         ({"name": "coco", "match": "a{99999999999999999999}"}, ["data.match", "no regular expression"]),
+        ({"name": "coco", "cache": "a\0b"}, ["data.cache", "NUL"]),
         ({"ahead_first": 0.4}, ["data.ahead_first", "0.5..1"]),
         ({"ahead_first": float("nan")}, ["data.ahead_first"]),
     ],
@@ -310,6 +314,74 @@ def test_broken_pictures_stop_or_are_told(tmp_path):
     assert "left out" not in open_pictures(config("folder", tmp_path / "data", match="two dogs"), 0).summary()
 
 
+def test_captions_that_are_cut_are_counted(tmp_path):
+    long = " ".join(f"w{i}" for i in range(30))
+    write_captions(tmp_path / "data", {"a.png": ["a cat", long], "b.png": [long]})
+    data = open_pictures(config("folder", tmp_path / "data"), 0, longest=22)
+    assert "; 2 captions are cut to what the model reads (--text.context)" in data.summary()
+    assert len(data.captions[1][0].split()) == 22
+    assert "cut" not in open_pictures(config("folder", tmp_path / "data"), 0, longest=30).summary()
+    with pytest.raises(UserError, match="leaves no room for a word; make it at least 3"):
+        open_pictures(config("folder", tmp_path / "data"), 0, longest=0)
+
+
+@pytest.mark.parametrize("match", ["cafe\u0301", "caf\u00e9", "(?i)CAF\u00c9", "[[c]af."])
+def test_a_match_finds_accents_however_they_are_written(tmp_path, match):
+    write_captions(tmp_path / "data", {"a.png": ["a cafe\u0301 here"], "b.png": ["a caf\u00e9"], "c.png": ["a cafe"]})
+    if match == "[[c]af.":
+        assert len(open_pictures(config("folder", tmp_path / "data", match=match), 0)) == 3
+    else:
+        assert len(open_pictures(config("folder", tmp_path / "data", match=match), 0)) == 2
+
+
+def test_what_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
+    write_classes(tmp_path / "data", 2)
+    plain = Path.iterdir
+
+    def iterdir(path):
+        if path.name == "cat":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(UserError, match=r"data/cat cannot be read \(Permission denied\); check its name"):
+        open_pictures(config("folder", tmp_path / "data"), 0)
+
+
+def test_a_validation_set_that_may_not_be_read_stops_no_training(tmp_path, monkeypatch):
+    write_coco(tmp_path)
+    write_coco(tmp_path, split="val")
+    plain = Path.read_bytes
+
+    def read_bytes(path):
+        if "captions_val" in path.name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    data = open_pictures(config("coco", tmp_path), 0)
+    assert len(data) == 4 and set(data.prompts) <= {texts[0] for texts in CAPTIONS.values()}
+
+
+def test_a_path_that_is_not_utf_8(tmp_path, capsys):
+    for flag in ("--data", "--data.cache"):
+        place = str(tmp_path / "data") if flag == "--data.cache" else None
+        command = ["train", "folder", "--out", tmp_path / "run", *(["--data", place] if place else []), *flags()]
+        assert "is not UTF-8; rename it" in fails(capsys, *command, flag, str(tmp_path / "caf\udce9"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(UserError, match=r"no home folder to keep decoded pictures in; name a folder with"):
+        cache_folder(DataConfig())
+
+
 # ---- runs
 
 
@@ -360,20 +432,30 @@ def trained(parent, preset, **changes):
     return parent
 
 
-@pytest.fixture(params=["folder_run", "cifar_run"])
+@pytest.fixture(scope="module")
+def coco_run(tmp_path_factory):
+    """`trained` on COCO captions, some of them of unseen pictures."""
+    parent = tmp_path_factory.mktemp("coco")
+    (parent / "data").mkdir()
+    write_coco(parent / "data")
+    write_coco(parent / "data", {"z.png": ["two cats on a mat"]}, split="val")
+    return trained(parent, "coco", **{"data.size": SIDE})
+
+
+@pytest.fixture(params=["folder_run", "cifar_run", "coco_run"])
 def any_run(request, tmp_path):
-    """A copy of either, to change; the pictures that its runs know are those of the original."""
+    """A copy of one of them, to change; the pictures that its runs know are those of the original."""
     shutil.copytree(request.getfixturevalue(request.param), tmp_path / "copy")
     return tmp_path / "copy"
 
 
-def test_a_run_is_logged_drawn_and_saved(folder_run, cifar_run):
-    for parent in (folder_run, cifar_run):
+def test_a_run_is_logged_drawn_and_saved(folder_run, cifar_run, coco_run):
+    found = {folder_run: "5 pictures, 10 captions, 54 words", cifar_run: "50 pictures, 10 classes"}
+    for parent in (folder_run, cifar_run, coco_run):
         records = read_log(parent / "run")
         assert [r["step"] for r in records] == [1, 2, 3, 4]
         assert all(np.isfinite(r["loss"]) and r["waited"] >= 0 for r in records)
-        what = "5 pictures, 10 captions, 54 words" if parent == folder_run else "50 pictures, 10 classes"
-        assert f"data: {what}\n" in (parent / "said").read_text()
+        assert f"data: {found.get(parent, '4 pictures, 5 captions, 9 words')}\n" in (parent / "said").read_text()
         state = load_state(parent / "run" / FILE)
         assert state.step == STEPS and state.config.data.path == str(parent / "data")
         assert load_state(parent / "step2" / FILE).step == 2
@@ -416,6 +498,8 @@ def test_a_resumed_run_finds_pictures_that_were_moved(any_run, capsys):
     (any_run / "data").rename(moved)
     command = ["train", "--resume", any_run / "step2"]
     gone = any_run / "gone"
+    told = fails(capsys, *command, "--data", gone)
+    assert f"no longer in {gone}; say with --data where they are now" in told
     assert str(gone) in fails(capsys, *command, "--data", gone)
     assert main([*map(str, command), "--data", str(moved)]) == 0
     state = load_state(any_run / "step2" / FILE)
@@ -453,6 +537,15 @@ def test_a_run_that_cannot_begin_leaves_nothing(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
 
 
+def test_a_run_among_the_pictures_that_it_is_trained_on(tmp_path, capsys, monkeypatch):
+    write_classes(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert "among its training pictures; name a folder outside (--out)" in fails(
+        capsys, "train", "folder", "--data", ".", *flags()
+    )
+    assert not (tmp_path / "mine" / "runs").exists()
+
+
 def test_sample_knows_the_words_of_the_captions(folder_run, tmp_path, capsys):
     out = tmp_path / "grid.png"
     command = ["sample", "--run", folder_run / "run", "--out", out, "--sample.steps=2"]
@@ -462,6 +555,29 @@ def test_sample_knows_the_words_of_the_captions(folder_run, tmp_path, capsys):
     assert not out.exists()
     assert main([*map(str, command), "one cat on a mat"]) == 0
     assert Image.open(out).text["prompt"] == "one cat on a mat"
+
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+"""Real pictures, where they lie beside the project."""
+
+
+@pytest.mark.skipif(not (REAL / "coco_mini").is_dir(), reason=f"reads a part of COCO, which is not in {REAL}")
+def test_real_coco_pictures_and_captions(tmp_path):
+    content = json.loads((REAL / "coco_mini" / "annotations" / "captions_train2017.json").read_text())
+    data = open_pictures(config("coco", REAL / "coco_mini", cache=str(tmp_path)), 0)
+    assert len(data) == len(content["images"]) and not data.left_out and len(data.prompts) == 16
+    first = min(content["images"], key=lambda image: image["id"])
+    texts = {" ".join(a["caption"].split()) for a in content["annotations"] if a["image_id"] == first["id"]}
+    assert set(data.captions[0]) == texts and data.images[0].std() > 5
+
+
+@pytest.mark.skipif(not (REAL / "cifar10").is_dir(), reason=f"reads CIFAR-10, which is not in {REAL}")
+def test_real_cifar10_is_the_same_from_both_forms(tmp_path):
+    script = [sys.executable, REAL / "prepare_cifar10.py", tmp_path, "--train", "500", "--test", "50"]
+    subprocess.run(script, check=True, capture_output=True)
+    one, other = (open_pictures(config("cifar10", tmp_path / name), 0) for name in (BINARY, PYTHON))
+    assert (one.images == other.images).all() and (one.labels == other.labels).all() and one.classes == other.classes
+    assert one.classes == tuple(sorted(CLASSES)) and len(one) >= 450
 
 
 @pytest.fixture
@@ -501,6 +617,19 @@ def test_evaluate_refuses_classes_that_the_model_does_not_know(tmp_path, quick, 
     assert not list((tmp_path / "cache" / "minidiff").glob("classifier-*"))
     assert main(list(map(str, command))) == 0
     assert "of 2 unseen real pictures" in capsys.readouterr().out
+
+
+def test_evaluate_after_a_limit(tmp_path, quick, capsys):
+    write_classes(tmp_path / "data", 11)
+    unseen = min(set(range(22)) - set(pictures.some_of(22, 12)))
+    sorted((tmp_path / "data").rglob("*.png"), key=Path.as_posix)[unseen].write_bytes(b"no picture")
+    where = {"data.path": tmp_path / "data", "data.size": SIDE, "train.steps": 2, "data.limit": 12}
+    assert main(["train", "folder", "--out", str(tmp_path / "run"), *flags(**where)]) == 0
+    command = ["evaluate", tmp_path / "run", "--n=2", "--sample.steps=2", "--no-pictures"]
+    assert main(list(map(str, command))) == 0
+    shutil.rmtree(tmp_path / "run")
+    assert main(["train", "folder", "--out", str(tmp_path / "run"), *flags(**{**where, "data.limit": 1})]) == 0
+    assert "its --data.limit left that class out" in fails(capsys, *command)
 
 
 def test_evaluate_needs_classes(folder_run, capsys):

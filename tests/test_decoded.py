@@ -65,7 +65,35 @@ def test_stamps_tell_files_apart(tmp_path, monkeypatch):
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
     monkeypatch.chdir(tmp_path)
     assert stamps([type(file)("x")]) == seen[-1]  # the same file, named from the working folder
-    assert json.loads(json.dumps(seen[-1])) == [[str(file), 6, 10**18, 0o100600]]
+    changed = file.stat().st_ctime_ns
+    assert json.loads(json.dumps(seen[-1])) == [[str(file), 6, 10**18, changed, 0o100600]]
+
+
+def test_files_that_change_places_are_other_files(tmp_path, make):
+    one, two = tmp_path / "1.bmp", tmp_path / "2.bmp"
+    for file in (one, two):
+        file.write_bytes(b"same size")
+        os.utime(file, ns=(0, 10**18))
+    decoded(tmp_path / "cache", "set", ["a"], make, [one, two])
+    decoded(tmp_path / "cache", "set", ["a"], make, [one, two])
+    assert make.calls == 1
+    for old, new in ((one, tmp_path / "x"), (two, one), (tmp_path / "x", two)):
+        old.rename(new)
+    decoded(tmp_path / "cache", "set", ["a"], make, [one, two])
+    assert make.calls == 2
+
+
+def test_files_that_change_while_they_are_read(tmp_path, make):
+    file = tmp_path / "1.bmp"
+    file.write_bytes(b"before")
+
+    def meddled(path):
+        file.write_bytes(b"after!")
+        return make(path)
+
+    with pytest.raises(UserError, match="changed while they were decoded; run the command again"):
+        decoded(tmp_path / "cache", "set", ["a"], meddled, [file])
+    assert not list((tmp_path / "cache").iterdir())
 
 
 # ---- damaged, or of other data

@@ -128,6 +128,9 @@ def fails(server, folder, words, asked, left=None):
     assert holds(folder) == (left or {})
 
 
+PART = "tiny.tar.gz.part"
+
+
 def left_before(folder, data):
     folder.mkdir()
     (folder / "tiny.tar.gz.part").write_bytes(data)
@@ -356,10 +359,47 @@ def test_a_server_whose_file_is_shorter_and_says_nothing(server, folder):
     fails(server, folder, words, [None, f"{HALF}-", None, None], {"tiny.tar.gz.part": DATA[:HALF]})
 
 
+@pytest.mark.parametrize("kind", ["text/plain", "application/json", "application/xhtml+xml", "Text/HTML; charset=x"])
+def test_a_message_spares_what_is_there(server, folder, kind):
+    left_before(folder, DATA[:HALF])
+    server.answers = [lambda handler: handler.answer(200, b"rate limited", Content_Type=kind)] * 9
+    fails(server, folder, ["a web page or a message comes in the file's place"], [f"{HALF}-"], {PART: DATA[:HALF]})
+
+
+def test_two_at_once_do_not_write_one_file(server, folder):
+    left_before(folder, DATA[:HALF])
+    with module._alone(folder / PART), pytest.raises(UserError, match=r"another download is writing .*; wait for it"):
+        download("tiny", folder)
+    assert holds(folder) == {PART: DATA[:HALF]} and not server.requests
+    fetches(server, folder, [f"{HALF}-"])
+
+
+def test_a_part_that_is_a_link_is_not_written(server, folder, tmp_path):
+    folder.mkdir()
+    (tmp_path / "other").write_bytes(b"precious")
+    (folder / PART).symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match="is a link; remove it"):
+        download("tiny", folder)
+    assert (tmp_path / "other").read_bytes() == b"precious"
+
+
+def test_the_command(server, folder, capsys, monkeypatch):
+    from minidiff.cli import main
+
+    monkeypatch.setitem(FILES, ("cifar10", "binary"), FILES["tiny", "binary"])
+    out = folder / "with space"
+    assert main(["download", "cifar10", "--out", str(out), "--mirror", server.url]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{out}/tiny.tar.gz; to train on it: minidiff train cifar10 --data '{out}'\n"
+    (out / "tiny.tar.gz").write_bytes(b"")
+    assert main(["download", "cifar10", "--out", str(out)]) == 1
+    assert "is not the published file" in capsys.readouterr().err
+
+
 def test_a_web_page_spares_what_is_there(server, folder):
     left_before(folder, DATA[:HALF])
     server.answers = [lambda handler: handler.answer(200, b"<html>log in", Content_Type="text/html; charset=utf-8")]
-    words = ["a web page comes in the file's place"]
+    words = ["a web page or a message comes in the file's place"]
     fails(server, folder, words, [f"{HALF}-"], {"tiny.tar.gz.part": DATA[:HALF]})
 
 

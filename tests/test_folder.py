@@ -1,6 +1,7 @@
 """A folder of one's own pictures: its three layouts, what people have in such folders, and what is wrong with them."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -132,7 +133,13 @@ def test_a_class_without_a_name(tmp_path, name):
     refuses(tmp_path, "class folder", name, "holds no words; rename it")
 
 
-@pytest.mark.parametrize("parts", [["train", "val"], ["train"], ["Train", "valid", "test"], ["validation", "test"]])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["train", "val"], ["train"], ["Train", "valid", "test"], ["validation", "test"], ["train2017", "val2017"],
+        ["training", "testing"], ["dev", "eval", "train_1"],
+    ],
+)  # fmt: skip
 def test_parts_of_a_data_set_are_no_classes(tmp_path, parts):
     for part in parts:
         add(tmp_path, f"{part}/cat/a.jpg", f"{part}/dog/a.jpg")
@@ -147,6 +154,75 @@ def test_metadata_one_level_down_is_not_passed_over(tmp_path):
     describe(tmp_path / "b", {"file_name": "images/x.jpg", "text": "A dog"})
     refuses(tmp_path, "name one, such as", tmp_path / "b")
     assert found(tmp_path / "b") == [("images/x.jpg", ("A dog",), None)]
+
+
+def test_metadata_further_down_and_in_a_table_are_not_passed_over(tmp_path):
+    add(tmp_path, "a/train/x.jpg", "b/x.jpg")
+    describe(tmp_path / "a" / "train", {"file_name": "x.jpg", "text": "A dog"})
+    refuses(tmp_path, "name one, such as", tmp_path / "a" / "train")
+    add(tmp_path / "other", "x.jpg")
+    (tmp_path / "other" / "metadata.csv").write_text("file_name,text\nx.jpg,A dog")
+    refuses(tmp_path / "other", "metadata.csv is not read; write metadata.jsonl")
+
+
+def test_classes_one_level_too_deep(tmp_path):
+    add(tmp_path, "flowers/rose/a.jpg", "flowers/daisy/a.jpg")
+    refuses(
+        tmp_path, f"all pictures are in subfolders of {tmp_path}/flowers; if these are the classes, name that folder"
+    )
+    assert {label for _, _, label in found(tmp_path / "flowers")} == {"rose", "daisy"}
+    add(tmp_path, "flowers/a.jpg")
+    assert {label for _, _, label in found(tmp_path)} == {"flowers"}
+
+
+def test_classes_of_the_same_words_are_one(tmp_path):
+    add(tmp_path, "Red Panda/a.jpg", "red_panda/b.jpg", "cat/a.jpg")
+    assert {label for _, _, label in found(tmp_path)} == {"Red Panda", "cat"}
+
+
+def test_folders_that_link_to_each_other_end(tmp_path):
+    names = [f"c{i}" for i in range(12)]
+    add(tmp_path, *(f"mine/{name}/a.jpg" for name in names))
+    for name in names:
+        for other in names:
+            if other != name:
+                (tmp_path / "mine" / name / f"to-{other}").symlink_to(tmp_path / "mine" / other)
+    assert len(found(tmp_path / "mine")) == 12 * 12
+
+
+def test_folders_almost_without_end(tmp_path, monkeypatch):
+    add(tmp_path, "cat/a.jpg")
+    monkeypatch.setattr(folder, "_pictures", lambda path: _endless())
+    refuses(tmp_path, str(tmp_path), "folders within folders")
+
+
+def _endless():
+    yield from _endless()
+
+
+def test_half_characters_and_accents_taken_apart(tmp_path):
+    add(tmp_path, "a.jpg", "b.jpg")
+    describe(
+        tmp_path,
+        '{"file_name": "a.jpg", "text": "a \\ud800 dog"}',
+        {"file_name": "b.jpg", "text": "a cafe\u0301"},
+    )
+    captions = [texts[0] for _, texts, _ in found(tmp_path)]
+    assert captions == ["a ? dog", "a caf\u00e9"]
+    describe(tmp_path, {"file_name": "a.jpg", "text": None, "caption": "a dog"})
+    assert found(tmp_path) == [("a.jpg", ("a dog",), None)]
+
+
+def test_a_class_whose_name_is_not_utf_8(tmp_path):
+    place = os.fsencode(tmp_path) + b"/caf\xe9"
+    try:
+        os.mkdir(place)
+    except OSError:
+        pytest.skip("this file system takes only UTF-8")
+    add(tmp_path, "dog/a.jpg")
+    Image.new("RGB", (4, 4)).save(os.fsdecode(place) + "/a.jpg")
+    labels = [label for _, _, label in found(tmp_path)]
+    assert [label.encode() for label in sorted(labels)] == [b"caf?", b"dog"]
 
 
 def test_pictures_without_captions(tmp_path):
@@ -184,6 +260,13 @@ def test_text_files(tmp_path):
         ("d.jpg", ("A mouse",), None),
         ("deep/c.v2.jpg", ("A cat",), None),
     ]
+
+
+def test_a_text_may_have_the_pictures_whole_name_and_any_line_ends(tmp_path):
+    add(tmp_path, "cat/a.jpg", "cat/b.jpg")
+    (tmp_path / "cat" / "a.jpg.txt").write_bytes("A cat\r\non a\u2028mat\rasleep\n".encode())
+    (tmp_path / "cat" / "b.txt").write_text("A dog")
+    assert [texts for _, texts, _ in found(tmp_path)] == [("A cat", "on a mat", "asleep"), ("A dog",)]
 
 
 def test_text_files_win_over_class_folders(tmp_path):
@@ -267,7 +350,7 @@ GOOD = {"file_name": "a.jpg", "text": "A dog"}
         ({"file_name": "", "text": "A cat"}, ["inside the folder, ''"]),
         ({"file_name": "../b.jpg", "text": "A cat"}, ["inside the folder, '../b.jpg'"]),
         ({"file_name": "/b.jpg", "text": "A cat"}, ["inside the folder, '/b.jpg'"]),
-        ({"file_name": "deep\\b.jpg", "text": "A cat"}, ["inside the folder"]),
+        ({"file_name": "deep\\b.jpg", "text": "A cat"}, ["has a backslash in", "write / between folders"]),
         ({"file_name": "C:b.jpg", "text": "A cat"}, ["inside the folder"]),
         ({"file_name": "b\0.jpg", "text": "A cat"}, ["inside the folder, 'b\\x00.jpg'"]),
         ('{"file_name": "\\ud800.jpg", "text": "A cat"}', ["inside the folder, '\\ud800.jpg'"]),

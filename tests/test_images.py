@@ -2,15 +2,18 @@
 
 import os
 import struct
+import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from minidiff.data import images
 from minidiff.data.images import FORMATS, IMAGE_SUFFIXES, _load, read_image, stays_inside
 from minidiff.errors import UserError
 
@@ -207,6 +210,62 @@ def test_16_bit_grey_uses_the_full_range(tmp_path):
     assert modes["little.tif"] == "I;16" and modes["big.tif"] == "I;16B" and modes["wide.tif"] == "I"
 
 
+def test_grey_tiffs_of_12_bits_and_with_white_as_zero(tmp_path):
+    ramp = (RAMP >> 4).astype(np.uint16)  # 0..4095
+    packed = np.stack([ramp[:, ::2] >> 4, (ramp[:, ::2] & 15) << 4 | ramp[:, 1::2] >> 8, ramp[:, 1::2] & 255], axis=-1)
+    (tmp_path / "12.tif").write_bytes(tiff(256, 256, 12, 1, packed.astype(np.uint8).tobytes()))
+    expected = np.rint(ramp / 4095 * 255)
+    np.testing.assert_array_equal(read_image(tmp_path / "12.tif", 256), np.repeat(expected[..., None], 3, axis=-1))
+    (tmp_path / "negative.tif").write_bytes(tiff(256, 256, 16, 0, RAMP.astype("<u2").tobytes()))
+    np.testing.assert_array_equal(read_image(tmp_path / "negative.tif", 256), 255 - RAMP_IN_8_BITS)
+
+
+def tiff(width, height, bits, photometric, data):
+    """An uncompressed grey TIFF, little-endian."""
+    tags = [(256, 3, width), (257, 3, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 122)]
+    tags += [(277, 3, 1), (278, 3, height), (279, 4, len(data))]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + struct.pack("<I", 0) + data
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_of_few_bits_is_white(tmp_path, bits):
+    """The key is in the file's own bits: of 4 pixels 0, 1, 0, 1 it names 1."""
+    row = np.packbits([int(b) for v in (0, 1, 0, 1) for b in f"{v:0{bits}b}"]).tobytes()
+    chunk = struct.pack(">H", 1)
+    (tmp_path / "x.png").write_bytes(png(4, 4, bits, 0, (b"\0" + row) * 4, chunk))
+    pixels = read_image(tmp_path / "x.png", 4)
+    assert (pixels[:, 1::2] == 255).all() and (pixels[:, ::2] == 0).all()
+
+
+def test_a_transparent_colour_of_16_bits_is_white(tmp_path):
+    colours = np.array([[[0x1234] * 3, [0x3434] * 3]] * 2, ">u2")
+    data = b"".join(b"\0" + row.tobytes() for row in colours)
+    (tmp_path / "x.png").write_bytes(png(2, 2, 16, 2, data, struct.pack(">HHH", *[0x1234] * 3)))
+    pixels = read_image(tmp_path / "x.png", 2)
+    assert (pixels[:, 0] == 255).all() and (pixels[:, 1] == 0x34).all()
+
+
+def test_large_pictures_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    for i in range(4):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(images, "MANY", 1000)
+    at_once, most = [], []
+    plain = images._to_rgb
+
+    def watched(image, path):
+        at_once.append(path)
+        most.append(len(at_once))
+        time.sleep(0.01)
+        at_once.remove(path)
+        return plain(image, path)
+
+    monkeypatch.setattr(images, "_to_rgb", watched)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: read_image(tmp_path / f"{i}.png", 8), range(4)))
+    assert max(most) == 1 and not images._large.locked()
+
+
 def test_16_bit_colour(tmp_path):
     deep = COLOURS.astype(np.int64) * 257
     (tmp_path / "x.png").write_bytes(png(48, 48, 16, 2, rows_of(deep, ">u2")))
@@ -281,13 +340,13 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_and_no_worse(tmp_path
     save_with_orientation(tmp_path / "x.jpg", photograph(1100, 820), 6, quality=92)
     with Image.open(tmp_path / "x.jpg") as image:
         whole = ImageOps.fit(ImageOps.exif_transpose(image), (24, 24), Image.Resampling.LANCZOS)
-    assert _load(tmp_path / "x.jpg", 24).size == (275, 205)
+    assert _load(tmp_path / "x.jpg", 24, ExitStack()).size == (275, 205)
     assert np.abs(read_image(tmp_path / "x.jpg", 24).astype(int) - np.asarray(whole)).max() <= 4
 
 
 def test_a_jpeg_that_is_not_large_is_decoded_whole(tmp_path):
     Image.fromarray(photograph(300, 250)).save(tmp_path / "x.jpg")
-    assert _load(tmp_path / "x.jpg", 32).size == (300, 250)
+    assert _load(tmp_path / "x.jpg", 32, ExitStack()).size == (300, 250)
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -223,3 +223,10 @@ def test_no_display_and_no_pyplot(tmp_path):
     root = Path(plotting.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code, tmp_path / "a.png"], check=True, env=environment, cwd=root)
     assert (tmp_path / "a.png").exists()
+
+
+def test_a_caption_of_any_length_takes_no_time():
+    long = "x" * 100_000
+    figure = plotting.image_grid(images(2), [long, "short"])
+    texts = [t.get_text() for t in figure.axes[0].texts]
+    assert sum(map(len, texts)) < 300 and "…" in "".join(texts) and "short" in texts

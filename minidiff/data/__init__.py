@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from minidiff.data import cifar10, coco, folder, shapes
-from minidiff.data.decoded import decoded, stamps
+from minidiff.data.decoded import decoded
 from minidiff.data.pictures import Pictures, chosen, decode, shortened, some_of, vocabulary, whole_words
 from minidiff.errors import UserError
 
@@ -64,6 +64,8 @@ class DataConfig:
             raise ValueError(f"data.limit must not be negative, got {self.limit}")
         if self.words < 1:
             raise ValueError(f"data.words must be at least 1, got {self.words}")
+        if "\0" in self.path + self.cache:
+            raise ValueError("data.path and data.cache name folders: they cannot hold the character NUL")
         try:
             whole_words(self.match)
         except (re.error, OverflowError, RecursionError) as e:
@@ -129,6 +131,22 @@ def open_data(config: DataConfig, seed: int, longest: int = 1000) -> Dataset:
 
 def open_pictures(config: DataConfig, seed: int, longest: int = 1000, split: str = "train") -> Pictures:
     """The pictures of cifar10, coco or folder; cifar10 has the splits "train" and "test", coco "train" and "val"."""
+    try:
+        return _open_pictures(config, seed, longest, split)
+    except OSError as e:
+        raise UserError(
+            f"{e.filename or config.path} cannot be read ({e.strerror or e}); check its name and permissions"
+        ) from e
+
+
+def _open_pictures(config: DataConfig, seed: int, longest: int, split: str) -> Pictures:
+    if longest < 1:
+        raise UserError("text.context leaves no room for a word; make it at least 3")
+    for name, folder_name in (("data.path", config.path), ("data.cache", config.cache)):
+        try:
+            folder_name.encode()
+        except UnicodeEncodeError as e:
+            raise UserError(f"{name}: {folder_name!r} is not UTF-8; rename it, or make a link of another name") from e
     if not config.path:
         how = "minidiff download cifar10, then --data data" if config.name == "cifar10" else "--data FOLDER"
         raise UserError(f"data.path: say where the pictures of {config.name} are: {how}")
@@ -140,11 +158,13 @@ def open_pictures(config: DataConfig, seed: int, longest: int = 1000, split: str
     items = chosen(found, config.match, config.limit)
     images, rows, digest, broken = decode(items, config.size, cache, config.name, config.skip_broken)
     items = [items[i] for i in rows]
-    captions = shortened([item.captions for item in items], longest)
+    whole = [item.captions for item in items]
+    captions = shortened(whole, longest)
+    cut = sum(a != b for texts in zip(whole, captions, strict=True) for a, b in zip(*texts, strict=True))
     labels = [item.label for item in items if item.label is not None]
     data = _pictures(config, seed, images, rows, captions, labels, digest)
     prompts = _unseen(config, path, longest) or data.prompts
-    return replace(data, prompts=prompts, found=len(found), left_out=broken)
+    return replace(data, prompts=prompts, found=len(found), left_out=broken, cut=cut)
 
 
 def _unseen(config: DataConfig, path: Path, longest: int) -> tuple[str, ...]:
@@ -153,7 +173,7 @@ def _unseen(config: DataConfig, path: Path, longest: int) -> tuple[str, ...]:
         return ()
     try:
         items = chosen(coco.items(path, "val") if path.is_dir() else [], config.match, 16)
-    except UserError:
+    except (UserError, OSError):
         return ()
     return tuple(texts[0] for texts in shortened([item.captions for item in items], longest))
 
@@ -162,7 +182,10 @@ def cache_folder(config: DataConfig) -> Path:
     """Where decoded pictures are kept: data.cache, or minidiff in $XDG_CACHE_HOME or in ~/.cache."""
     if config.cache:
         return Path(os.path.expanduser(config.cache))
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minidiff"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minidiff"
+    except RuntimeError as e:  # nobody's home
+        raise UserError("there is no home folder to keep decoded pictures in; name a folder with --data.cache") from e
 
 
 def _open_cifar10(config: DataConfig, path: Path, cache: Path, seed: int, split: str) -> Pictures:
@@ -171,7 +194,7 @@ def _open_cifar10(config: DataConfig, path: Path, cache: Path, seed: int, split:
         np.save(file, images)
         return {"labels": labels.tolist(), "names": names}
 
-    images, about = decoded(cache, "cifar10", ["cifar10", split, stamps(cifar10.files_of(path))], make)
+    images, about = decoded(cache, "cifar10", ["cifar10", split], make, cifar10.files_of(path))
     pattern = whole_words(config.match)
     called = [cifar10.captions(name) for name in about["names"]]
     wanted = [any(pattern.search(text) for text in texts) for texts in called]

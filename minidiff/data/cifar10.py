@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from minidiff.data.images import tidy
 from minidiff.errors import UserError
+from minidiff.text.words import split_words
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
@@ -29,6 +31,8 @@ PIXELS = 3 * SIDE * SIDE
 MOST_IMAGES = 10_000  # in one batch file
 MOST_BYTES = 40_000_000  # of one batch file; the published ones have 31 million
 MOST_IN_ARCHIVE = 8 * MOST_BYTES
+MOST_OPCODES = 200_000  # in a pickle; the published ones have 30,000
+MOST_MEMBERS = 1000  # of an archive; the published ones have 9
 MOST_COSTLY = 40  # of COSTLY in a pickle; the published ones have few
 COSTLY = frozenset("GET BINGET LONG_BINGET DUP TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET INT LONG LONG1 LONG4".split())
 """Opcodes for references to what was there before, nesting, and long numbers: of these, keys can be made that fill the
@@ -65,6 +69,12 @@ def read(path: Path, split: str = "train") -> tuple[np.ndarray, np.ndarray, tupl
             raise UserError(f"{source} lacks {name}; {AGAIN}")
         parts.append(parse(data, f"{source}/{name}"))
     planes, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    sizes = [len(part[1]) for part in parts]
+    if max(sizes) == MOST_IMAGES > min(sizes):
+        short = wanted[sizes.index(min(sizes))]
+        raise UserError(
+            f"{source}/{short} has {min(sizes):,} images and others {MOST_IMAGES:,}: it is truncated; {AGAIN}"
+        )
     images = planes.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), labels, _class_names(files(NAMES[form]), form, f"{source}/{NAMES[form]}")
 
@@ -75,7 +85,7 @@ def locate(path: Path) -> tuple[Path, str]:
         for name, form in candidates.items():
             if there(path / name):
                 return path / name, form
-            if path.name == name and there(path):
+            if name in (path.name, path.resolve().name) and there(path):
                 return path, form
     folder = path.parent if path.is_file() or path.suffix == ".gz" else path
     raise UserError(
@@ -112,7 +122,9 @@ def _from_archive(archive: Path, form: str) -> Callable[[str], bytes | None]:
     contents: dict[str, bytes] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(_unpacked(archive)), mode="r:") as tar:
-            for member in tar:
+            for number, member in enumerate(tar):
+                if number == MOST_MEMBERS:
+                    raise UserError(f"{archive} has over {MOST_MEMBERS} members, more than CIFAR-10 can have; {AGAIN}")
                 name, where = _member_path(member, archive), f"{archive}: its member {member.name[:80]!r}"
                 if member.isreg() and str(name.parent) == folder:
                     if name.name in contents:
@@ -135,6 +147,8 @@ def _unpacked(archive: Path) -> bytes:
             data = file.read(MOST_IN_ARCHIVE + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise UserError(f"{archive} is truncated or damaged ({e}); remove it and fetch it again") from e
+    except OSError as e:
+        raise UserError(f"{archive} cannot be read ({e.strerror or e}); check its permissions and the disk") from e
     if len(data) > MOST_IN_ARCHIVE:
         raise UserError(f"{archive} unpacks to over {MOST_IN_ARCHIVE:,} bytes; {AGAIN}")
     return data
@@ -201,15 +215,19 @@ def _class_names(data: bytes | None, form: str, where: str) -> tuple[str, ...]:
     else:
         names = _unpickle(data, where).get(b"label_names")
     texts = [_text(name) for name in names] if isinstance(names, list) and len(names) == len(CLASSES) else []
-    if len(set(texts) - {""}) != len(CLASSES):
+    if len({words for text in texts if (words := tuple(split_words(text)))}) != len(CLASSES):
         raise UserError(f"{where} does not name {len(CLASSES)} different classes; {AGAIN}")
     return tuple(texts)
 
 
 def _text(name: Any) -> str:
     """A class name, which is bytes or text; of anything else ""."""
-    text = name.decode("latin-1") if isinstance(name, bytes) else name if isinstance(name, str) else ""
-    return text.strip().lower()
+    if isinstance(name, bytes):
+        try:
+            name = name.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            name = name.decode("latin-1")
+    return tidy(name).lower() if isinstance(name, str) else ""
 
 
 # ---- pickles, without what they could do
@@ -273,7 +291,9 @@ class _Unpickler(pickle.Unpickler):
 def _check_cost(data: bytes) -> None:
     """Refuse what makes a small pickle fill the memory, exhaust the stack, or take ages."""
     costly = 0
-    for opcode, argument, _ in pickletools.genops(data):
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if number == MOST_OPCODES:
+            raise pickle.UnpicklingError(f"it has over {MOST_OPCODES} parts")
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):  # type: ignore[operator]
             raise pickle.UnpicklingError(f"it asks for {argument} places in memory")
         costly += opcode.name in COSTLY

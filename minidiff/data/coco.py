@@ -12,7 +12,7 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-from minidiff.data.images import Item, stays_inside
+from minidiff.data.images import Item, stays_inside, tidy
 from minidiff.errors import UserError
 from minidiff.text.words import split_words
 
@@ -96,7 +96,7 @@ def _captions(content: dict[str, Any], file: Path, names: dict[int, str]) -> dic
         if key not in captions:
             raise UserError(f"{where} describes the image {key}, which is not listed; correct the file")
         if split_words(text):
-            captions[key].append(" ".join(text.split()))
+            captions[key].append(tidy(text))
     return captions
 
 

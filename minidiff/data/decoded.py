@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +15,41 @@ import numpy as np
 from minidiff.errors import UserError
 
 ARRAY, FACTS = "images.npy", "about.json"
-VERSION = 1  # of how pixels and facts are made; another one takes no array of this one
+VERSION = 2  # of how pixels and facts are made; another one takes no array of this one
 
 
-def stamps(files: list[Path]) -> list[tuple[str, int, int, int]]:
-    """Path, size, time of change and mode of each file: what a fingerprint holds of it. A missing one has none."""
-    found = []
+def stamps(files: Sequence[Path]) -> list[tuple[str | int, ...]]:
+    """Path, size, times of change and mode of each file: what a fingerprint holds of it. A missing one has none.
+
+    Two times: a file that is moved to another's place keeps that of its content, but not the other.
+    """
+    found: list[tuple[str | int, ...]] = []
     for path in files:
         try:
             about = path.stat()
-            found.append((str(path.absolute()), about.st_size, about.st_mtime_ns, about.st_mode))
+            times = about.st_mtime_ns, about.st_ctime_ns
+            found.append((str(path.absolute()), about.st_size, *times, about.st_mode))
         except OSError:
-            found.append((str(path.absolute()), -1, 0, 0))
+            found.append((str(path.absolute()), -1))
     return found
 
 
 def decoded(
-    folder: Path, name: str, made_from: Any, make: Callable[[Path], dict[str, Any]]
+    folder: Path, name: str, made_from: Any, make: Callable[[Path], dict[str, Any]], files: Sequence[Path] = ()
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """The array uint8, mapped read only, and the facts that `make` returned.
 
-    made_from: whatever decides the pixels, as JSON; an array made from anything else is never taken for this one.
+    made_from: whatever decides the pixels, as JSON, and files: what they are read from, known by their `stamps`; an
+    array made from anything else is never taken for this one.
     make(path) writes the array as a .npy file, and returns facts as JSON allows; "content", the SHA-256 of the pixels,
-    joins them. It runs only where there is no such array yet. Raises UserError for one damaged or of other data, and
-    for a folder that cannot be written.
+    joins them. It runs only where there is no such array yet. Raises UserError for one damaged or of other data, for
+    files that change meanwhile, and for a folder that cannot be written.
     """
-    fingerprint = _sum([VERSION, made_from])
+    before = stamps(files)
+    fingerprint = _sum([VERSION, made_from, before])
     place = folder / f"{name}-{fingerprint[:16]}"
     if not place.exists():
-        _make(place, fingerprint, make)
+        _make(place, fingerprint, make, lambda: stamps(files) == before)
     try:
         about = json.loads((place / FACTS).read_text())
         facts = about["facts"]
@@ -68,13 +74,15 @@ def _digest(pixels: np.ndarray) -> str:
     return hashlib.sha256(pixels.data).hexdigest()
 
 
-def _make(place: Path, fingerprint: str, make: Callable[[Path], dict[str, Any]]) -> None:
+def _make(place: Path, fingerprint: str, make: Callable[[Path], dict[str, Any]], unchanged: Callable[[], bool]) -> None:
     """Make the array in a folder beside its place, which it takes when it is whole."""
     folder = place.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=folder, ignore_cleanup_errors=True) as temporary:
             facts = make(Path(temporary, ARRAY))
+            if not unchanged():
+                raise UserError("the pictures changed while they were decoded; run the command again")
             array = np.lib.format.open_memmap(Path(temporary, ARRAY), mode="r")
             facts = {**facts, "content": _digest(array)}
             about = {"sum": _sum([fingerprint, array.shape, facts]), "facts": facts}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from minidiff.data.images import IMAGE_SUFFIXES, Item, stays_inside
+from minidiff.data.images import IMAGE_SUFFIXES, Item, stays_inside, tidy
 from minidiff.errors import UserError
 from minidiff.text.words import split_words
 
 METADATA = "metadata.jsonl"
-SPLITS = {"train", "val", "valid", "validation", "test"}
+TABLE = "metadata.csv"
+SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval|evaluation)[-_ ]?\d*", re.IGNORECASE)
+"""The names of folders that are parts of a data set, such as train or val2017."""
 
 
 def items(path: Path) -> list[Item]:
@@ -25,10 +27,10 @@ def items(path: Path) -> list[Item]:
     `FOLDER/metadata.jsonl`  one object {"file_name": ..., "text": ...} a line, as in Hugging Face's imagefolder
                              (https://huggingface.co/docs/datasets/image_dataset); "caption" is taken for "text", and a
                              list of captions for one; pictures that it does not name are left out
-    `FOLDER/x.jpg`, `x.txt`  captions in UTF-8, one a line, for every picture
+    `FOLDER/x.jpg`, `x.txt`  captions in UTF-8, one a line, for every picture; `x.jpg.txt` is read as well
     `FOLDER/red_panda/x.jpg` caption and label are the class's name, "red panda"; the class may have subfolders
 
-    Hidden files and folders are passed over; symbolic links are followed.
+    Hidden files and folders are passed over; symbolic links are followed, but for links to folders in linked folders.
     Raises UserError for a folder without pictures, a picture without a caption, and subfolders that are no classes.
     """
     if not path.is_dir():
@@ -36,7 +38,12 @@ def items(path: Path) -> list[Item]:
         raise UserError(f"{path} {what}; name a folder of pictures")
     if (path / METADATA).is_file():
         return _from_metadata(path / METADATA)
-    pictures = sorted(_pictures(path), key=Path.as_posix)
+    if (path / TABLE).is_file():
+        raise UserError(f"{path / TABLE} is not read; write {METADATA} with the same, one object a line")
+    try:
+        pictures = sorted(_pictures(path), key=Path.as_posix)
+    except RecursionError as e:
+        raise UserError(f"{path} holds folders within folders almost without end; name one further in") from e
     if not pictures:
         raise UserError(f"{path} holds no pictures ({' '.join(sorted(IMAGE_SUFFIXES))}); name another folder")
     texts = [_caption_file(picture) for picture in pictures]
@@ -45,8 +52,9 @@ def items(path: Path) -> list[Item]:
     return _from_classes(path, pictures)
 
 
-def _pictures(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """The image files below a folder; a link back to a folder above is not followed."""
+def _pictures(folder: Path, above: tuple[Path, ...] = (), linked: bool = False) -> Iterator[Path]:
+    """The image files below a folder. Of links to folders, one that leads back above and one in a linked folder are not
+    followed: folders that link to each other would never end."""
     real = folder.resolve()
     if real in above:
         return
@@ -54,7 +62,9 @@ def _pictures(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _pictures(entry, (*above, real))
+            link = entry.is_symlink()
+            if not (link and linked):
+                yield from _pictures(entry, (*above, real), link or linked)
         elif entry.suffix.lower() in IMAGE_SUFFIXES:
             yield entry
 
@@ -68,32 +78,45 @@ def _from_classes(folder: Path, pictures: list[Path]) -> list[Item]:
         )
     if loose:
         raise UserError(f"{loose[0]} is in no class folder; move it into one of those in {folder}")
-    names = [picture.relative_to(folder).parts[0] for picture in pictures]
-    described = [name for name in dict.fromkeys(names) if (folder / name / METADATA).is_file()]
-    if described or {name.lower() for name in names} <= SPLITS:
+    within = [picture.relative_to(folder).parts[:-1] for picture in pictures]
+    names = [parts[0] for parts in within]
+    described = [
+        inner
+        for inner in dict.fromkeys(Path(*parts[: i + 1]) for parts in within for i in range(len(parts)))
+        if any((folder / inner / table).is_file() for table in (METADATA, TABLE))
+    ]
+    if described or all(SPLIT.fullmatch(name) for name in names):
         one = folder / (described or names)[0]
         raise UserError(f"the subfolders of {folder} are parts of a data set, not classes; name one, such as {one}")
+    if len(set(names)) == 1 and len(set(within)) > 1 and (names[0],) not in within:
+        raise UserError(
+            f"all pictures are in subfolders of {folder / names[0]}; if these are the classes, name that folder, else "
+            "move the pictures up"
+        )
+    called: dict[tuple[str, ...], str] = {}  # names that differ in no word, such as Cat and cat, are one class
     labels = [_label(folder / name) for name in names]
+    labels = [called.setdefault(tuple(split_words(label)), label) for label in labels]
     return [Item(picture, (label,), label) for picture, label in zip(pictures, labels, strict=True)]
 
 
 def _label(folder: Path) -> str:
-    """A class folder's name in words, its accents composed: some file systems take them apart."""
-    label = unicodedata.normalize("NFC", folder.name).replace("_", " ").replace("-", " ")
+    """A class folder's name in words."""
+    label = tidy(folder.name.replace("_", " ").replace("-", " "))
     if not split_words(label):
         raise UserError(f"the name of the class folder {folder} holds no words; rename it")
-    return " ".join(label.split())
+    return label
 
 
 def _caption_file(picture: Path) -> Path | None:
-    return next((f for f in (picture.with_suffix(".txt"), picture.with_suffix(".TXT")) if f.is_file()), None)
+    ways = picture.with_suffix(".txt"), picture.with_suffix(".TXT"), picture.with_name(f"{picture.name}.txt")
+    return next((f for f in ways if f.is_file()), None)
 
 
 def _lines(picture: Path, text: Path | None) -> tuple[str, ...]:
     """The captions in a picture's text file."""
     if text is None:
         raise UserError(f"{picture} has no {picture.stem}.txt with its caption, though others have; write one")
-    captions = _captions(_decode(text).splitlines())
+    captions = _captions(re.split(r"\r\n|\r|\n", _decode(text)))
     if not captions:
         raise UserError(f"{text} holds no words; write a caption into it")
     return captions
@@ -123,9 +146,11 @@ def _record(line: str, where: str) -> tuple[PurePosixPath, tuple[str, ...]]:
     name: Any = record.get("file_name") if isinstance(record, dict) else None
     if not isinstance(name, str):
         raise UserError(f'{where} has no "file_name" with text; write {{"file_name": ..., "text": ...}}')
+    if "\\" in name:
+        raise UserError(f"{where} has a backslash in {reprlib.repr(name)}; write / between folders")
     if not stays_inside(name):
         raise UserError(f"{where} names no file inside the folder, {reprlib.repr(name)}; move it there")
-    text = record.get("text", record.get("caption"))
+    text = record.get("caption") if record.get("text") is None else record["text"]
     texts = text if isinstance(text, list) else [text]
     if not all(isinstance(t, str) for t in texts):
         raise UserError(f'{where} has no "text" with a caption or a list of captions; add one')
@@ -137,7 +162,7 @@ def _record(line: str, where: str) -> tuple[PurePosixPath, tuple[str, ...]]:
 
 def _captions(texts: list[str]) -> tuple[str, ...]:
     """The texts with single spaces, without those that have no word."""
-    return tuple(" ".join(text.split()) for text in texts if split_words(text))
+    return tuple(tidy(text) for text in texts if split_words(text))
 
 
 def _decode(file: Path) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PureWindowsPath
+from threading import Lock
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,7 +24,13 @@ IMAGE_SUFFIXES = frozenset(
 """The suffixes, in lower case, of what loaders take for a picture. What Pillow cannot read, such as HEIC, is not passed
 over: `read_image` says so."""
 
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+
 DRAFT = 8  # a JPEG is decoded at a fraction of its size where that leaves at least this many pixels for each one wanted
+
+MANY = 20_000_000
+"""Pixels beyond which pictures are decoded one at a time: what Pillow makes of them takes up to 16 bytes a pixel."""
+_large = Lock()
 
 NO_RANGE = {"F": "floating-point", "LAB": "CIELAB"}
 
@@ -44,8 +53,14 @@ def read_image(path: Path, size: int) -> np.ndarray:
     Raises UserError for a file that is missing, empty, damaged or no image, for more than `PIL.Image.MAX_IMAGE_PIXELS`
     pixels (a small file can hold enough of them to fill the memory), and for numbers without a known range.
     """
-    image = _to_rgb(_load(path, size), path)
-    return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+    with ExitStack() as alone:
+        image = _to_rgb(_load(path, size, alone), path)
+        return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+
+
+def tidy(text: str) -> str:
+    """A caption with single spaces, composed accents (some file systems take them apart) and no half characters."""
+    return " ".join(unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode()).split())
 
 
 def stays_inside(name: str) -> bool:
@@ -66,25 +81,33 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in known]
 
 
-def _load(path: Path, size: int) -> Image.Image:
-    """The decoded picture, upright, in the file's mode; a large JPEG may come out at a fraction of its size."""
+def _load(path: Path, size: int, alone: ExitStack) -> Image.Image:
+    """The decoded picture, upright, in the file's mode; a large JPEG may come out at a fraction of its size.
+
+    alone: holds the lock of large pictures for as long as there is one.
+    """
+    length = 0
     try:
         if path.is_dir():
             raise UserError(f"{path} is a folder; name an image file")
         if not path.is_file():
             raise UserError(f"there is no image file {path}; put it there, or take it out of the data")
+        length = path.stat().st_size
         with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:  # up to twice as many, Pillow only warns
                 raise Image.DecompressionBombError
             image.draft("RGB", (DRAFT * size, DRAFT * size))
+            if image.width * image.height > MANY:
+                alone.enter_context(_large)
+            _correct_transparency(image)
             image.load()
             _turn_upright(image)
     except UserError:
         raise
     except UnidentifiedImageError as e:
         wanted = f"not an image that can be read here ({', '.join(_formats())})"
-        what = wanted if path.stat().st_size else "empty"
+        what = wanted if length else "empty"
         raise UserError(f"{path} is {what}; replace it, or take it out of the data") from e
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         limit = Image.MAX_IMAGE_PIXELS
@@ -93,6 +116,16 @@ def _load(path: Path, size: int) -> Image.Image:
         why = getattr(e, "strerror", None) or str(e) or type(e).__name__
         raise UserError(f"{path} cannot be read, it may be truncated or damaged ({why}); replace or remove it") from e
     return image
+
+
+def _correct_transparency(image: Image.Image) -> None:
+    """The transparent colour of a PNG in the numbers that Pillow decodes to: it leaves it in the bits of the file."""
+    tile, key = getattr(image, "tile", None), image.info.get("transparency")
+    stored = str(tile[0][3]) if tile else ""
+    if isinstance(key, int):
+        image.info["transparency"] = key * {"1": 255, "L;2": 85, "L;4": 17}.get(stored, 1)
+    elif isinstance(key, tuple) and stored.startswith("RGB;16"):
+        image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def _turn_upright(image: Image.Image) -> None:
@@ -116,9 +149,13 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, path: Path) -> np.ndarray:
-    """16-bit grey as uint8 (H, W), 65535 becoming 255; Pillow's own conversion clips at 255."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65535:
-        raise UserError(f"{path} holds grey values outside 0..65535; save it as an 8-bit or 16-bit image")
-    grey = (values.astype(np.int32) + 128) // 257  # rounded
+    """Grey of up to 16 bits as uint8 (H, W), the largest value becoming 255; Pillow's own conversion clips at 255."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    bits = tags.get(BITS_PER_SAMPLE, 16)
+    white = 2 ** min(16, bits[0] if isinstance(bits, tuple) else bits) - 1
+    if values.min() < 0 or values.max() > white:
+        raise UserError(f"{path} holds grey values outside 0..{white}; save it as an 8-bit or 16-bit image")
+    grey = (values.astype(np.int32) * 255 + white // 2) // white  # rounded
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        grey = 255 - grey
     return np.where(values == image.info.get("transparency"), 255, grey).astype(np.uint8)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minidiff.data.decoded import decoded, stamps
+from minidiff.data.decoded import decoded
 from minidiff.data.images import Item, read_image
 from minidiff.errors import UserError
 from minidiff.random import Purpose, uniform
@@ -36,6 +38,7 @@ class Pictures:
     classes: tuple[str, ...] = ()  # their names
     found: int = 0  # how many pictures there were to choose from
     left_out: tuple[str, ...] = ()  # why each picture that could not be read is missing
+    cut: int = 0  # how many captions were longer than the model reads
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,7 +50,8 @@ class Pictures:
         texts = f"{sum(map(len, self.captions))} captions, {len(self.words)} words"
         what = texts if self.labels is None else classes
         broken = f"; {len(self.left_out)} are left out, the first: {self.left_out[0]}" if self.left_out else ""
-        return f"{len(self)}{of} pictures, {what}{broken}"
+        cut = f"; {self.cut} captions are cut to what the model reads (--text.context)" if self.cut else ""
+        return f"{len(self)}{of} pictures, {what}{cut}{broken}"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -101,8 +105,13 @@ def _epoch(seed: int, epoch: int, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def whole_words(match: str) -> re.Pattern[str]:
     """The regular expression as one that finds whole words, in any case. Raises re.error as re.compile does."""
-    re.compile(match)  # its brackets must be whole by themselves
-    return re.compile(rf"\b(?:{match})\b", re.IGNORECASE)
+    match = unicodedata.normalize("NFC", match)
+    flags = re.match(r"(?:\(\?[a-zA-Z]+\))?", match)
+    assert flags
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a bracket that may mean a set one day
+        re.compile(match)  # its brackets must be whole by themselves
+        return re.compile(rf"{flags[0]}\b(?:{match[flags.end() :]})\b", re.IGNORECASE)
 
 
 def chosen(items: Sequence[Item], match: str, limit: int) -> list[Item]:
@@ -155,8 +164,7 @@ def decode(
         array.flush()
         return {"rows": [i for i, w in enumerate(why) if not w], "broken": [w for w in why if w]}
 
-    made_from = ["pictures", size, skip_broken, stamps([item.path for item in items])]
-    array, about = decoded(cache, name, made_from, make)
+    array, about = decoded(cache, name, ["pictures", size, skip_broken], make, [item.path for item in items])
     if not about["rows"]:
         raise UserError(f"none of the {len(items)} pictures could be read; the first: {about['broken'][0]}")
     return array, np.array(about["rows"]), about["content"], tuple(about["broken"])
