@@ -109,7 +109,7 @@ small = load_config(
         "unet.blocks": 1,
         "text.layers": 1,
         "train.batch": 16,
-        "train.steps": 700,
+        "train.steps": 500,
         "train.lr": 2e-3,
         "train.warmup": 50,
         "train.ema_decay": 0.98,  # a short run needs a short memory

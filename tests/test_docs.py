@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-AMD, INTEL = "amd-epyc-family-26-2-cores", "intel-r-xeon-r-processor-family-6-2-cores"
+OLDER, AMD, INTEL = "amd-epyc-family-25-2-cores", "amd-epyc-family-26-2-cores", "intel-r-xeon-r-processor-family-6-2-cores"
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ AMD, INTEL = "amd-epyc-family-26-2-cores", "intel-r-xeon-r-processor-family-6-2-
         ("README.md", "unet", AMD, 1),
         ("README.md", "summary", AMD, 1),
         ("docs/pretrained.md", "pretrained", INTEL, None),
+        ("docs/recipes.md", "images_cifar10", OLDER, None),
     ],
 )
 def test_a_page_shows_the_committed_results(page, name, device, tables):
