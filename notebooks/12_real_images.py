@@ -288,24 +288,8 @@ table(
 )  # fmt: skip
 print(*(r["command"] for r, _ in runs.values()), sep="\n")
 
-# %%
-if runs:
-    figure(
-        plotting.line_plot(
-            {
-                name: ([p["minutes"] for p in r["loss"]], [p["loss"] for p in r["loss"]])
-                for name, (r, _) in runs.items()
-            },
-            "training time (minutes)",
-            "loss (medians of 200 parts of the run)",
-            log="y",
-        ),
-        "The training loss of the committed runs. Losses of different sets cannot be compared: they depend on how "
-        "predictable the pictures are.",
-    )
-
 # %% [markdown]
-# The curve of photographs falls fast, and then slowly, while the drawn pictures still change. Part of the loss is what
+# The loss of a run on photographs falls fast, and then slowly, while the drawn pictures still change. Part of the loss is what
 # *cannot* be known (notebook 6), and does not fall at all. A set of few pictures can be learned by heart; then the loss goes
 # on falling. So look at what is drawn.
 #
@@ -323,6 +307,11 @@ def show(name):
     if name not in runs:
         return print(f"There is no run of {name} in benchmarks/results.")
     record, base = runs[name]
+    figure(
+        Committed(Path(f"{base}.loss.png")),
+        f"The training loss of {name}: of each step (points), and its running median. Losses of different sets cannot be "
+        "compared: they depend on how predictable the pictures are.",
+    )
     figure(
         Committed(Path(f"{base}.progress.png")),
         f"What the model of {name} draws in the course of its training, always from the same noise. No picking: these are the "

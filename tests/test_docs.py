@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OLDER, AMD, INTEL = "amd-epyc-family-25-2-cores", "amd-epyc-family-26-2-cores", "intel-r-xeon-r-processor-family-6-2-cores"
+OLDER, AMD, INTEL = (
+    "amd-epyc-family-25-2-cores",
+    "amd-epyc-family-26-2-cores",
+    "intel-r-xeon-r-processor-family-6-2-cores",
+)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_one_negative_prompt_for_each_prompt(pipe):
 
 
 def pipe_noise(pipe, n):
-    return pipe._noise(None, 0, (n, 8, 8, 4))
+    return pipe._noise(None, 0, range(n), (n, 8, 8, 4))
 
 
 @pytest.mark.parametrize("given", [dict(sampler="ddpm"), dict(sampler="euler_a"), dict(sampler="ddim", eta=1.0)])
