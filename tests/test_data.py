@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import shutil
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -557,27 +555,17 @@ def test_sample_knows_the_words_of_the_captions(folder_run, tmp_path, capsys):
     assert Image.open(out).text["prompt"] == "one cat on a mat"
 
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
-"""Real pictures, where they lie beside the project."""
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"
 
 
-@pytest.mark.skipif(not (REAL / "coco_mini").is_dir(), reason=f"reads a part of COCO, which is not in {REAL}")
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"reads a part of COCO, which is not here ({REAL})")
 def test_real_coco_pictures_and_captions(tmp_path):
-    content = json.loads((REAL / "coco_mini" / "annotations" / "captions_train2017.json").read_text())
-    data = open_pictures(config("coco", REAL / "coco_mini", cache=str(tmp_path)), 0)
+    content = json.loads((REAL / "annotations" / "captions_train2017.json").read_text())
+    data = open_pictures(config("coco", REAL, cache=str(tmp_path)), 0)
     assert len(data) == len(content["images"]) and not data.left_out and len(data.prompts) == 16
     first = min(content["images"], key=lambda image: image["id"])
     texts = {" ".join(a["caption"].split()) for a in content["annotations"] if a["image_id"] == first["id"]}
     assert set(data.captions[0]) == texts and data.images[0].std() > 5
-
-
-@pytest.mark.skipif(not (REAL / "cifar10").is_dir(), reason=f"reads CIFAR-10, which is not in {REAL}")
-def test_real_cifar10_is_the_same_from_both_forms(tmp_path):
-    script = [sys.executable, REAL / "prepare_cifar10.py", tmp_path, "--train", "500", "--test", "50"]
-    subprocess.run(script, check=True, capture_output=True)
-    one, other = (open_pictures(config("cifar10", tmp_path / name), 0) for name in (BINARY, PYTHON))
-    assert (one.images == other.images).all() and (one.labels == other.labels).all() and one.classes == other.classes
-    assert one.classes == tuple(sorted(CLASSES)) and len(one) >= 450
 
 
 @pytest.fixture
