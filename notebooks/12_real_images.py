@@ -331,11 +331,11 @@ show("cifar10")
 # ### COCO's captions
 #
 # COCO's photographs show everyday scenes with many things in them, and people said in whole sentences what they saw. That
-# asks for far more than ten classes do. Its 118,000 photographs are 18 GB, and most of them may not be used freely. The committed
-# run uses only the few that we had whose licence allows that what a model makes of them is shown (`benchmarks/free_coco.py`):
-# 26 pictures with 130 captions, of whose words more than half occur once. Expect a model that knows them by heart; *Is it new,
-# or a copy?* below tells. The captions under its pictures are those of other photographs; words that it never saw are read as
-# "unknown".
+# asks for far more than ten classes do. Its 118,000 photographs are 18 GB, and most of them may not be used freely. A run whose
+# drawings may be shown has only those whose licence allows it (`benchmarks/free_coco.py`). Of such there were 26 at hand,
+# with 130 captions, of whose words more than half occur once. Expect of a model of these that it knows them by heart; *Is it
+# new, or a copy?* below tells. The captions under its pictures are those of other photographs; words that it never saw are
+# read as "unknown". (Where there is no run yet, the cell says so.)
 
 # %%
 show("coco")
@@ -343,8 +343,8 @@ show("coco")
 # %% [markdown]
 # ### A folder
 #
-# The third run stands for a folder of your own: 1,360 small drawings, the emoji of a free font, with their names in Unicode as
-# captions (`benchmarks/emoji_pictures.py`).
+# A folder of your own could be anything. For an example there is one of 1,360 small drawings, the emoji of a free font, with
+# their names in Unicode as captions (`benchmarks/emoji_pictures.py`).
 
 # %%
 show("folder")
