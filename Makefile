@@ -28,7 +28,7 @@ demo: setup  ## train on shapes for a few minutes, then score and draw held-out 
 	@$(BIN)/minidiff evaluate $(DEMO)
 
 test: setup  ## run the tests (no PyTorch needed)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup  ## check style and types
 	$(EXTRA) 'minidiff[lint]'
