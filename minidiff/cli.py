@@ -17,7 +17,7 @@ from minidiff import __version__
 from minidiff.errors import UserError, UserNotice
 
 DEMO_RUN = "runs/demo"
-TOGETHER = 4  # pictures of a pretrained model that are drawn in one batch: more take memory, and hardly save time
+TOGETHER = 4  # pictures of a pretrained model that are drawn in one batch: the memory they take grows with it
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -29,7 +29,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 DRAFT = 8  # a JPEG is decoded at a fraction of its size where that leaves at least this many pixels for each one wanted
 
 MANY = 20_000_000
-"""Pixels beyond which pictures are decoded one at a time: what Pillow makes of them takes up to 16 bytes a pixel."""
+"""Pixels beyond which pictures are decoded one at a time: Pillow holds several copies of one."""
 _large = Lock()
 
 NO_RANGE = {"F": "floating-point", "LAB": "CIELAB"}
