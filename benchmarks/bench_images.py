@@ -5,16 +5,19 @@
 The run is an ordinary one in --out: interrupted, the same command goes on with it. Its first steps show how many steps
 --minutes are; --marks are shares of these. Only training counts as minutes; looking does not. The learning rate falls
 to zero over the whole run, so a grid from its middle is worse than that of a run that was planned to end there.
-Pictures with classes are judged by the classifier of `minidiff evaluate`. The grid is compared with the set: copies lie
-much nearer to its pictures than these lie to each other.
-Writes results/images_PRESET-DEVICE.json, .md, .loss.png, a grid for each mark and .progress.png, a row of each; and in
-the run's folder nearest.png, the samples that are nearest to a picture of the set, each beside it.
+Pictures with classes are judged by the classifier of `minidiff evaluate`. Where there are captions of other pictures,
+as of COCO's validation set, the left half of a grid is of captions that were trained on, the right half of those. The
+grid is compared with the set: copies lie much nearer to its pictures than these lie to each other.
+Writes results/images_PRESET-DEVICE.json, .md, .loss.png, a grid for each mark and .progress.png, a row of each; where
+the data has a SOURCES.md, .sources.md; and in the run's folder nearest.png, the samples that are nearest to a picture
+of the set, each beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +85,16 @@ def looked(
     args: argparse.Namespace, state: TrainState, data: Any, judge: Any, mark: float, folder: Path
 ) -> dict[str, Any]:
     """Draw a grid into the results; what the classifier says of n pictures, where there is one."""
-    prompts = list(data.prompts)
-    columns = len(prompts) if 5 <= len(prompts) <= 10 else 4
+    captions, columns, known = asked(data)
     images_seen, minutes = state.step * state.config.train.batch * state.config.train.accumulate, state.seconds / 60
     with averaged_weights(state) as model:
-        images = draw(model, captions := prompts * max(1, 40 // len(prompts)), state.config.sample)
+        images = draw(model, captions, state.config.sample)
         scores = {}
         if judge:
             result = evaluate_classes(model, state.config.sample, *judge, args.n)
             scores = {"agreement": result.scores, "chance": result.chance["all"], "n": args.n, "real": judge[1]}
             print(result.headline)
-    near = distances(images, data, folder / "nearest.png")
+    near = distances(images, data, known, folder / "nearest.png")
     np.save(folder / f"{mark:g}-minutes.npy", plotting.to_uint8(images[:columns]))
     title = f"{args.preset} after {minutes:.0f} minutes, {images_seen:,} images"
     grid = plotting.image_grid(images, captions, columns, title=title)
@@ -100,10 +102,23 @@ def looked(
     return {"mark": mark, "minutes": minutes, "step": state.step, "images": images_seen, "nearest": near, **scores}
 
 
-def distances(images: np.ndarray, data: Any, path: Path) -> dict[str, dict[str, float]]:
+def asked(data: Any) -> tuple[list[str], int, np.ndarray]:
+    """The captions of a grid, how many are in a row, and which of them (n,) were trained on."""
+    prompts, trained_on = list(data.prompts), {text for texts in data.captions for text in texts}
+    n = min(len(data), len(prompts)) // 4 * 4
+    if n and not trained_on.issuperset(prompts):
+        known = [data.captions[i][0] for i in some_of(len(data), n)]
+        captions = [text for i in range(0, n, 4) for text in (*known[i : i + 4], *prompts[i : i + 4])]
+        return captions, 8, np.arange(2 * n) % 8 < 4
+    captions = prompts * max(1, 40 // len(prompts))
+    return captions, len(prompts) if 5 <= len(prompts) <= 10 else 4, np.full(len(captions), True)
+
+
+def distances(images: np.ndarray, data: Any, known: np.ndarray, path: Path) -> dict[str, dict[str, float]]:
     """How far the samples are from the nearest picture of the set, and as many of these from theirs; draws the nearest.
 
-    The drawing holds pictures of the set, which may not be free: it is not for the results.
+    known: which samples are of captions that were trained on; the others are counted by themselves. The drawing holds
+    pictures of the set, which may not be free: it is not for the results.
     """
     twins, far = nearest_pictures(images, data)
     some = some_of(len(data), len(images))
@@ -112,7 +127,8 @@ def distances(images: np.ndarray, data: Any, path: Path) -> dict[str, dict[str, 
     pairs = np.stack([images[first], scaled(data.images[data.rows[twins[first]]])], axis=1)
     texts = [text for d in far[first] for text in ("drawn", f"nearest picture: {d:.2f}")]
     plotting.save(plotting.image_grid(pairs.reshape(-1, *images.shape[1:]), texts, 8), path)
-    return {name: {**summary(d), "least": float(d.min())} for name, d in (("samples", far), ("pictures", apart))}
+    of = {"samples": far[known], "samples of other captions": far[~known], "pictures": apart}
+    return {name: {**summary(d), "least": float(d.min())} for name, d in of.items() if len(d)}
 
 
 def write_results(args: argparse.Namespace, state: TrainState, data: Any, folder: Path, records: list[dict]) -> None:
@@ -137,29 +153,34 @@ def write_results(args: argparse.Namespace, state: TrainState, data: Any, folder
     }
     write_json(f"images_{args.preset}", facts)
     results_path(f"images_{args.preset}", "md").write_text(table(facts))
+    if (sources := Path(args.data) / "SOURCES.md").is_file():
+        shutil.copy(sources, results_path(f"images_{args.preset}", "sources.md"))
 
 
 def progress(preset: str, data: Any, folder: Path, records: list[dict]) -> plotting.Chart:
     """The first row of every mark's grid, which all begin with the same noise, one below the other."""
     rows = [scaled(np.load(folder / f"{m['mark']:g}-minutes.npy")) for m in records]
     n = len(rows[0])
-    texts = [f"{m['minutes']:.0f} minutes: {caption}" for m in records for caption in list(data.prompts)[:n]]
+    texts = [f"{m['minutes']:.0f} minutes: {caption}" for m in records for caption in asked(data)[0][:n]]
     return plotting.image_grid(np.concatenate(rows), texts, n, title=f"{preset}: from the same noise")
 
 
 def table(facts: dict[str, Any]) -> str:
     """What the marks showed, in Markdown, and how fast the run was."""
     judged = "agreement" in facts["marks"][0]
+    others = "samples of other captions" in facts["marks"][0]["nearest"]
     head = ["after", "images", "epochs", *(["agreement (chance)"] if judged else []), "to the nearest picture"]
+    head += ["with captions of other pictures"] if others else []
     lines = [head, ["---"] * len(head)]
     for m in facts["marks"]:
-        near, apart = (m["nearest"][of]["median"] for of in ("samples", "pictures"))
+        near, apart = (f"{m['nearest'][of]['median']:.2f}" for of in ("samples", "pictures"))
         line = [f"{m['minutes']:.0f} minutes", f"{m['images']:,}", f"{m['images'] / facts['pictures']:.3g}"]
         if judged:
             share, chance = m["agreement"]["all"], m["chance"]
             error = (share * (1 - share) / m["n"]) ** 0.5
             line.append(f"{share:.1%} ± {error:.1%} ({chance:.0%})")
-        lines.append([*line, f"{near:.2f} ({apart:.2f})"])
+        line.append(f"{near} ({apart})")
+        lines.append([*line, f"{m['nearest']['samples of other captions']['median']:.2f}"] if others else line)
     rate, waited = facts["images_per_second"], facts["share_of_time_waited_for_data"]
     said = (
         f"{facts['pictures']:,} pictures, {facts['parameters'] / 1e6:.1f} million weights; {rate['mean']:.1f} images a "

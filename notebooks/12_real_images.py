@@ -58,7 +58,7 @@ for file in files:
     with Image.open(file) as image:
         notes.append(f"{file.name}: {image.mode}, {image.width} x {image.height}")
 figure(
-    plotting.image_grid(scaled(np.stack([images.read_image(f, 64) for f in files])), notes, 6),
+    plotting.image_grid(scaled(np.stack([images.read_image(f, 40) for f in files])), notes, 6),
     "Six files of one photograph, and what the loader makes of each. Below: how its pixels are stored. RGB are red, green and "
     "blue; with P each pixel is a number in a list of colours, a palette; RGBA has a fourth number, how opaque the pixel is; "
     "I;16 is grey with 16 bits. All six come out upright, square and with three numbers a pixel. (Commodore Grace Hopper, by "
@@ -181,7 +181,6 @@ walk = [pictures._epoch(few.seed, epoch, len(few)) for epoch in range(4)]
 figure(
     visits_drawn(
         [order for order, _ in walk],
-        len(few),
         [numbers[order, 0] < 0.5 for order, numbers in walk],
     ),
     f"{len(few)} pictures in four epochs. Every row has each number once. Orange: mirrored at this visit.",
@@ -263,19 +262,20 @@ table(["", *presets], [[name, *map(of, presets.values())] for name, of in settin
 # ## What hours give
 #
 # A recipe is worth what came out of it. These runs were really made, with `benchmarks/bench_images.py`; what they logged
-# and drew is in `benchmarks/results/`, and the next cells read it from there. `epochs` is how often every picture was
-# visited. `waited` is the share of the time in which training had to wait for the next batch, which a second thread
+# and drew is in `benchmarks/results/`, and the next cells read it from there. `numbers a weight` is how many numbers all pictures
+# together are made of, for each weight of the network. `epochs` is how often every picture was visited. `waited` is the share of the time in which training had to wait for the next batch, which a second thread
 # prepares meanwhile. `memory` is the most that the process ever held. The commands are below the table.
 
 # %%
 runs = committed_runs(ROOT)  # empty, where there are none
 table(
-    ["run", "pictures", "weights", "measured on", "images a second", "images seen", "epochs", "waited", "memory"],
+    ["run", "pictures", "weights", "numbers a weight", "measured on", "images a second", "images seen", "epochs", "waited", "memory"],
     [
         [
             name,
             f"{r['pictures']:,}",
             f"{r['parameters'] / 1e6:.1f} million",
+            f"{3 * r['pictures'] * r['config']['data']['size'] ** 2 / r['parameters']:.2g}",
             f"{r['device']['cores']} cores of {r['device']['cpu']}",
             f"{r['images_per_second']['median']:.0f}",
             f"{r['marks'][-1]['images']:,}",
@@ -293,8 +293,8 @@ print(*(r["command"] for r, _ in runs.values()), sep="\n")
 # *cannot* be known (notebook 6), and does not fall at all. A set of few pictures can be learned by heart; then the loss goes
 # on falling. So look at what is drawn.
 #
-# The learning rate falls to 0 over the whole run. So a run that is planned for ten minutes is better after ten minutes
-# than these are.
+# The learning rate falls to 0 over the whole run, and the pictures gain by that. So do not take what these runs drew after ten
+# minutes for what a run of ten minutes gives: its learning rate would be 0 by then.
 #
 # ### CIFAR-10
 #
@@ -313,7 +313,7 @@ def show(name):
         "compared: they depend on how predictable the pictures are.",
     )
     figure(
-        Committed(Path(f"{base}.progress.png")),
+        Committed(Path(f"{base}.progress.png"), photographs=True),
         f"What the model of {name} draws in the course of its training, always from the same noise. No picking: these are the "
         "first ones of each grid.",
     )
@@ -333,9 +333,10 @@ show("cifar10")
 # COCO's photographs show everyday scenes with many things in them, and people said in whole sentences what they saw. That
 # asks for far more than ten classes do. Its 118,000 photographs are 18 GB, and most of them may not be used freely. A run whose
 # drawings may be shown has only those whose licence allows it (`benchmarks/free_coco.py`). Of such there were 26 at hand,
-# with 130 captions, of whose words more than half occur once. Expect of a model of these that it knows them by heart; *Is it
-# new, or a copy?* below tells. The captions under its pictures are those of other photographs; words that it never saw are
-# read as "unknown". (Where there is no run yet, the cell says so.)
+# with 130 captions of 390 words, 209 of which occur once. That is very little, and it is good to have seen what happens then.
+#
+# In each row, the captions on the left were trained on. Those on the right belong to other photographs, which the model never
+# saw; a word that it never saw is read as "unknown".
 
 # %%
 show("coco")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +71,9 @@ def write_kinds(folder: Path) -> list[Path]:
     ]  # fmt: skip
 
 
-def visits_drawn(epochs: Sequence[np.ndarray], n: int, mirrored: Sequence[np.ndarray]) -> Chart:
+def visits_drawn(epochs: Sequence[np.ndarray], mirrored: Sequence[np.ndarray]) -> Chart:
     """One row an epoch: the pictures' numbers in the order in which they are visited; orange ones are mirrored."""
+    n = len(epochs[0])
     figure = Chart(
         8.0,
         0.5 + 0.42 * len(epochs),
@@ -105,24 +108,32 @@ def visits_drawn(epochs: Sequence[np.ndarray], n: int, mirrored: Sequence[np.nda
 
 
 class Committed:
-    """A picture of benchmarks/results, with the sentence about itself that is in the file."""
+    """A picture of benchmarks/results, with the sentence about itself that is in the file.
 
-    def __init__(self, path: Path):
-        self.data = path.read_bytes()
+    photographs: show it as a JPEG, and no larger than the page: many photographs as PNG make a large notebook.
+    """
+
+    def __init__(self, path: Path, photographs: bool = False):
+        self.photographs, self.data = photographs, path.read_bytes()
         with Image.open(path) as image:
             self.alt_text = image.info.get("Description", path.stem)
-            self.size = image.size
+            width = min(960, image.width * 96 // 160)
+            self.size = width, width * image.height // image.width
+            if photographs:
+                data = io.BytesIO()
+                image.convert("RGB").resize(self.size, Image.Resampling.LANCZOS).save(
+                    data, "jpeg", quality=88, subsampling=0, optimize=True
+                )
+                self.data = data.getvalue()
 
     def __repr__(self) -> str:
         return self.alt_text
 
-    def _repr_png_(self) -> tuple[bytes, dict[str, Any]]:
-        width = min(960, self.size[0] * 96 // 160)
-        return self.data, {
-            "width": width,
-            "height": width * self.size[1] // self.size[0],
-            "alt": self.alt_text,
-        }
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        kind = "image/jpeg" if self.photographs else "image/png"
+        width, height = self.size
+        about = {kind: {"width": width, "height": height, "alt": self.alt_text}}
+        return {kind: b64encode(self.data).decode(), "text/plain": self.alt_text}, about
 
 
 def committed_runs(root: Path) -> dict[str, tuple[dict[str, Any], str]]:
