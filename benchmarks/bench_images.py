@@ -138,10 +138,11 @@ def write_results(args: argparse.Namespace, state: TrainState, data: Any, folder
     plotting.save(progress(args.preset, data, folder, records), results_path(f"images_{args.preset}", "progress.png"))
     rate, seconds = [r["images_per_second"] for r in log], 60 * log[-1]["minutes"]
     config = config_to_dict(state.config)
-    config["data"]["path"] = "FOLDER"
+    config["data"] |= {"path": "FOLDER", "cache": ""}
+    settings = [setting for setting in args.settings if not setting.startswith("data.cache=")]
     facts = {
         "command": f"bench_images.py {args.preset} --data FOLDER --minutes {args.minutes:g} --marks {args.marks} "
-        + " ".join([f"--n {args.n}", *args.settings]),
+        + " ".join([f"--n {args.n}", *settings]),
         "pictures": len(data),
         "parameters": parameter_count(state.model),
         "images_per_second": {"median": median(rate), "mean": log[-1]["images"] / seconds},
@@ -174,7 +175,12 @@ def table(facts: dict[str, Any]) -> str:
     lines = [head, ["---"] * len(head)]
     for m in facts["marks"]:
         near, apart = (f"{m['nearest'][of]['median']:.2f}" for of in ("samples", "pictures"))
-        line = [f"{m['minutes']:.0f} minutes", f"{m['images']:,}", f"{m['images'] / facts['pictures']:.3g}"]
+        epochs = m["images"] / facts["pictures"]
+        line = [
+            f"{m['minutes']:.0f} minutes",
+            f"{m['images']:,}",
+            f"{epochs:.3g}" if epochs < 100 else f"{epochs:,.0f}",
+        ]
         if judged:
             share, chance = m["agreement"]["all"], m["chance"]
             error = (share * (1 - share) / m["n"]) ** 0.5

@@ -369,7 +369,7 @@ def _add_shares(bench: Bench, case: str, row: dict[str, Any], top: dict[str, flo
 
 def spread(s: dict[str, float]) -> str:
     """Milliseconds: median (quartiles)."""
-    digits = 0 if s["median"] > 1 else 1 if s["median"] > 0.1 else 2
+    digits = 0 if s["median"] > 1 else 1 if s["median"] > 0.1 else 2 if s["median"] > 1e-3 else 4
     return f"{s['median'] * 1e3:.{digits}f} ({s['low'] * 1e3:.{digits}f}-{s['high'] * 1e3:.{digits}f})"
 
 

@@ -20,6 +20,7 @@ OLDER, AMD, INTEL = (
         ("README.md", "summary", AMD, 1),
         ("docs/pretrained.md", "pretrained", INTEL, None),
         ("docs/recipes.md", "images_cifar10", OLDER, None),
+        ("docs/recipes.md", "images_coco", OLDER, None),
     ],
 )
 def test_a_page_shows_the_committed_results(page, name, device, tables):
