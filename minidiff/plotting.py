@@ -336,9 +336,9 @@ def memory_accesses(
     most = max(sum(word % 32 == bank for word in words) for bank in range(32))
     sectors, fewest = len({word // 8 for word in words}), math.ceil(len(words) / 8)
     cost = (
-        f"{most} passes over the banks, at least {math.ceil(len(words) / 32)}"
+        f"{most} passes over the banks; the least would be {math.ceil(len(words) / 32)}"
         if shared
-        else f"{sectors} sectors of 32 bytes, at least {fewest}"
+        else f"{sectors} sectors of 32 bytes; the least would be {fewest}"
     )
     height = _whole_pixels(1.05 + 0.24 * len(rows))
     figure = Chart(8.0, height, f"{title or 'One request of a warp'}: {cost}.", layout="constrained")
@@ -449,7 +449,7 @@ def _tiles(rows, below, alt_text: str, left=(), above=(), title: str | None = No
     Everything is placed in whole pixels, so that an image pixel stays a crisp square.
     """
     columns, (h, w) = len(rows[0]), rows[0][0].shape[:2]
-    scale = max(1, min(320, max(160, 1600 // columns)) // max(h, w))
+    scale = max(1, min(320, max(128, 1280 // columns)) // max(h, w))
     h, w, gap, margin = h * scale, w * scale, 18, 24
     below = [[_wrap(text, w, TEXT) for text in row] for row in below]
     left = [_wrap(text, 280, TEXT) for text in left]

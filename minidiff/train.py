@@ -258,7 +258,7 @@ def draw_batch(state: TrainState, data: Dataset, step: int, part: int) -> Batch:
 def draw_timesteps(c: TrainConfig, samples: Sequence[int], step: int, T: int) -> np.ndarray:
     """The noise levels t (B,) in 1..T of a batch's samples: uniform, or T sigmoid(mean + std * normal).
 
-    The second visits the middle more often, where the caption decides the most. Esser et al. 2024, arXiv 2403.03206.
+    The second visits the middle more often than the two ends. Esser et al. 2024, arXiv 2403.03206.
     """
     if c.timesteps == "uniform":
         u = uniform(c.seed, samples, step, Purpose.TRAIN_TIMESTEP)[:, 0]

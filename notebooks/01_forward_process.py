@@ -53,8 +53,8 @@ x0.shape
 source(q_step)
 
 # %% [markdown]
-# `schedule.between` looks $\beta_t$ and $\alpha_t$ up in a table; `per_sample` shapes them so that they multiply
-# a batch.
+# `schedule.between` looks $\beta_t$ and $\alpha_t$ up in a table (`t_prev` is for larger steps, as in exercise
+# 1.3; place 0 of a table stands for the clean image); `per_sample` shapes them so that they multiply a batch.
 #
 # Why shrink? Adding noise of variance $\beta$ again and again would let the numbers grow without end. If
 # $x_{t-1}$ has variance 1, then $\sqrt{1-\beta_t}\,x_{t-1}$ has variance $1-\beta_t$, and the noise adds
@@ -127,8 +127,9 @@ figure(
 source(q_sample, Schedule.alpha_bar)
 
 # %% [markdown]
-# So $\bar\alpha_t$ is the one number that matters: the share of the variance that is still image. It is 1 at
-# $t = 0$ and nearly 0 at $t = T$; $1-\bar\alpha_t$ is the share of the noise.
+# So $\bar\alpha_t$ is the one number that matters: the share of the variance that is still image (for an image of
+# variance 1; real ones have somewhat less). It is 1 at $t = 0$ and nearly 0 at $t = T$; $1-\bar\alpha_t$ is the
+# share of the noise.
 
 # %%
 jumps = np.concatenate([q_sample(x0, t, rng.standard_normal(x0.shape), linear) for t in shown])
@@ -193,8 +194,8 @@ print(
 #
 # - **linear** (DDPM): $\beta_t$ rises evenly;
 # - **scaled linear** (Stable Diffusion): $\sqrt{\beta_t}$ rises evenly;
-# - **cosine** ([Improved DDPM](https://arxiv.org/abs/2102.09672)): $\bar\alpha_t$ itself follows a squared
-#   cosine.
+# - **cosine** ([Improved DDPM](https://arxiv.org/abs/2102.09672)): $\bar\alpha_t$ itself follows a squared cosine
+#   (`s` keeps the first steps from being too small, `beta_max` the last one from being too large).
 
 # %%
 source(schedule.linear, schedule.scaled_linear, schedule.cosine)
@@ -209,7 +210,7 @@ figure(
     plotting.schedule_plot({name: s.alpha_bar for name, s in schedules.items()}),
     "Left: the share of the image that is left. Right: the signal-to-noise ratio SNR = "
     "alpha_bar / (1 - alpha_bar), as its natural logarithm (its unit is then called nat): "
-    "above 0 the image is stronger than the noise, below 0 weaker.",
+    "above 0 the image is stronger than the noise, below 0 weaker. Both have the same lines.",
 )
 
 # %%
@@ -230,13 +231,13 @@ figure(
 )
 
 # %% [markdown]
-# The linear schedule has destroyed the image by the middle; its later steps teach a network little. The cosine
-# schedule spends its steps more evenly. And look at the end: the reverse process will *start* from pure noise, as
-# if $\bar\alpha_T$ were 0. It never quite is:
+# For the eye, the linear schedule has destroyed the image by the middle; its later steps teach a network little.
+# The cosine schedule spends its steps more evenly. And look at the end: the reverse process will *start* from
+# pure noise, as if $\bar\alpha_T$ were 0. It never quite is:
 
 # %%
 table(
-    ["schedule", "alpha_bar at T", "of the image's amplitude, its root"],
+    ["schedule", "alpha_bar at T", "share of the image's amplitude, the root of that"],
     [
         [name, f"{a:.2g}", f"{100 * np.sqrt(a):.2g}%"]
         for name, a in ((name, s.alpha_bar[-1]) for name, s in schedules.items())
@@ -254,7 +255,8 @@ table(
 # above, dark below, a face here) are strong, fine changes (hair, cloth, edges) are weak. Take the photograph
 # apart into waves, from long to short, by a Fourier transform, and measure how strong each wavelength is. Noise
 # has the same strength everywhere, $1-\bar\alpha_t$, so a wavelength is lost as soon as $\bar\alpha_t$ times its
-# strength falls below that.
+# strength falls below that. Divide both by $\bar\alpha_t$: it is lost as soon as its strength in the photograph
+# falls below $(1-\bar\alpha_t)/\bar\alpha_t$. The picture shows these two.
 
 
 # %%
@@ -279,8 +281,9 @@ for t in (10, 50, 200, 500):
     lines[f"noise at t = {t}"] = (periods, np.full(len(periods), noise_beside_image(t)))
 figure(
     plotting.line_plot(lines, "periods across the picture", "strength", log="xy"),
-    "Strength of the photograph's waves, and of the noise at four times. Where a noise line lies "
-    "above the photograph's, those waves are lost.",
+    "Strength of the photograph's waves (noise of variance 1 would have strength 1), and of the "
+    "noise at four times, divided by alpha_bar. Where a noise line lies above the photograph's, "
+    "those waves are lost.",
 )
 
 # %%
@@ -288,7 +291,7 @@ rows = []
 for t in (1, 10, 50, 100, 200, 300, 500):
     weak = strength < noise_beside_image(t)
     rows.append([t, periods[np.argmax(weak)] if weak.any() else "none"])
-table(["t", "lost from so many periods across the picture on"], rows)
+table(["t", "fewest periods across the picture that are lost"], rows)
 
 # %% [markdown]
 # The forward process goes from fine to coarse: texture first, then outlines, then where things are, then how

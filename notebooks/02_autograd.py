@@ -38,8 +38,9 @@ rng = np.random.default_rng(0)
 # %% [markdown]
 # ## A Tensor remembers
 #
-# A `Tensor` is an array of floats that may want a gradient. Here is a network of one neuron, small enough to do by
-# hand: an input $x$, a weight $w$, a bias $b$, and as the error the square of the output.
+# A `Tensor` is an array of floats that may want a gradient. Here is a network of one neuron (its inputs times
+# weights, plus a number called the bias), small enough to do by hand: an input $x$, a weight $w$, a bias $b$, and
+# as the error the square of the output.
 #
 # $$z = w\,x \qquad s = z + b \qquad y = s^2$$
 
@@ -73,7 +74,7 @@ source(record, Node)
 # %%
 figure(
     graph(net["y"], net),
-    "What y remembers. Arrows run from inputs to results. Black numbers: the order in "
+    "What y remembers. Arrows run from inputs to results. Numbers in black discs: the order in "
     "which `backward` will visit. The constant x (dashed) has no number: it wants no "
     "gradient, so nobody needs to go there.",
 )
@@ -111,8 +112,8 @@ print(f"ds = {ds}, dz = {dz}, db = {db}, dw = {dw}, dx = {dx}")
 # %%
 figure(
     graph(net["y"], net, {"y": dy, "s": ds, "z": dz, "b": db, "w": dw}),
-    "The same graph with the gradients. Each is made of the one to its right and the op "
-    "in between.",
+    "The same graph with the gradients. That of y is 1; each other one is made of the gradient "
+    "at the end of its arrow and the op there.",
 )
 
 # %% [markdown]
@@ -128,8 +129,9 @@ assert close(net["w"].grad, dw) and close(net["b"].grad, db)
 source(Tensor.backward)
 
 # %% [markdown]
-# The heart of it is the `while` loop. In words: take the next Tensor; if it is a leaf, keep its gradient; else call its
-# node's `backward`, and hand each input its share. Two details deserve a closer look: the *order*, and the *sum*.
+# The heart of it is the `while` loop. In words: take the next Tensor; if it is a leaf, keep its gradient; else
+# call its node's `backward`, and hand each input its share. (`accumulate(a, b)` is $a + b$; `xp` is NumPy, or
+# what takes its place on a GPU.) Two details deserve a closer look: the *order*, and the *sum*.
 #
 # Why backwards at all? The other direction, from one parameter forward to the result, works too, but it answers for
 # *one* parameter. The walk backwards answers for all parameters at once, and its work is a small multiple of the
@@ -175,8 +177,8 @@ table(["y, at a = 2", "by calculus", "keeping the last", "Tensor.backward"], row
 
 # %% [markdown]
 # Where $a$ is used once, both agree. Otherwise the mistaken walk loses all uses but the last, and raises no error;
-# only the numbers are wrong. The third line, $a$ plus something computed from $a$, is called a residual connection;
-# the U-Net of notebook 5 is full of them.
+# only the numbers are wrong. The third line, $a$ plus something computed from $a$, is called a residual
+# connection; the U-Net, the network of this course (notebook 5), is full of them.
 #
 # ## The right order
 #
@@ -225,8 +227,9 @@ table(["steps", "Tensors to visit in order", "paths"], rows)
 # %% [markdown]
 # ## Writing a backward: SiLU
 #
-# Between the layers of a network stands a function that is not a straight line; without it, many layers would be no
-# more than one. The U-Net's is SiLU, with the sigmoid $\sigma$ (a smooth step from 0 to 1):
+# A layer of a network multiplies by a matrix of weights and adds a bias. Several such layers in a row would again
+# be one matrix and one bias. So between them stands a function that is not a straight line. That of our networks
+# is SiLU, with the sigmoid $\sigma$ (a smooth step from 0 to 1):
 #
 # $$\mathrm{silu}(x) = x\,\sigma(x), \qquad \sigma(x) = \frac{1}{1+e^{-x}},
 # \qquad \sigma'(x) = \sigma(x)\,(1-\sigma(x))$$
@@ -259,10 +262,10 @@ figure(
 # ### Many inputs, many outputs
 #
 # If an op has $n$ inputs and $m$ outputs, its derivative is a matrix of $m \times n$ numbers, the Jacobian $J$: entry
-# $(i, j)$ says how output $i$ moves when input $j$ does. The chain rule then reads $dx = J^\top dy$: input $j$
-# collects from every output it has moved. But **nobody ever writes $J$ down**. For SiLU it would be nearly all zeros,
-# since each output depends on one input. And for a product of matrices, $Y = A B$, the two products below are all
-# there is to it:
+# $(i, j)$ says how output $i$ moves when input $j$ does. The chain rule then reads $dx = J^\top dy$ ($\top$: rows
+# and columns exchanged): input $j$ collects from every output it has moved. But **nobody ever writes $J$ down**.
+# For SiLU it would be nearly all zeros, since each output depends on one input. And for a product of matrices, $Y
+# = A B$, the two products below are all there is to it:
 #
 # $$dA = dY\,B^\top \qquad dB = A^\top\,dY$$
 
@@ -271,7 +274,7 @@ source(ops.matmul)
 
 # %%
 a = Tensor(rng.standard_normal((64, 256)), requires_grad=True)
-b = Tensor(rng.standard_normal((256, 256)), requires_grad=True)
+b = Tensor(rng.standard_normal((256, 10)), requires_grad=True)
 y = a @ b
 dy = rng.standard_normal(y.shape)
 y.backward(dy)  # dy is given: only a single number has the default dy = 1
@@ -279,13 +282,13 @@ print(f"da {a.grad.shape}, db {b.grad.shape}; Jacobian dy/da: {y.size * a.size:,
 assert close(a.grad, dy @ b.data.T) and close(b.grad, a.data.T @ dy)
 
 # %% [markdown]
-# You need not remember which factor is transposed. The gradient has the shape of the input, and with $A$: (64, 256),
-# $B$: (256, 10), $dY$: (64, 10) only one product of $dY$ and $B$ has the shape of $A$.
+# You need not remember which factor is transposed. The gradient has the shape of the input, and with $A$: (64,
+# 256), $B$: (256, 10), $dY$: (64, 10), as here, only one product of $dY$ and $B$ has the shape of $A$.
 #
 # ## Is it right? Ask the function
 #
 # A wrong gradient raises no error. So every op of the library is compared with what the function really does when its
-# input moves a little. Moving by a small step $h$ there and back gives the **central difference**
+# input moves a little. Moving by a small step $h$ to either side gives the **central difference**
 #
 # $$f'(x) \approx \frac{f(x+h) - f(x-h)}{2h}$$
 #
@@ -314,7 +317,8 @@ figure(
     plotting.line_plot(errors, "step h", "error of the derivative", log="xy"),
     "Right of the lowest point the curve's bend spoils the difference, left of it "
     "rounding does. Single precision (float32) gets about five digits at best; double "
-    "precision (float64) does best around h = 0.00001.",
+    "precision (float64) does best around h = 0.00001. Where h is so small that x + h is x, the "
+    "difference is 0.",
 )
 
 # %% [markdown]
@@ -418,9 +422,9 @@ source(unbroadcast)
 rows = []
 for shape in [(4, 3, 2), (3, 2), (2,), (3, 1), (1, 1, 2), ()]:
     summed = unbroadcast(np.ones((4, 3, 2)), shape)
-    rows.append([shape, summed.shape, f"{summed.flat[0]:g} times"])
+    rows.append([shape, summed.shape, f"{summed.flat[0]:g}"])
 table(
-    ["shape of the operand", "shape of its gradient", "each number was used"],
+    ["shape of the operand", "shape of its gradient", "how often each number was used"],
     rows,
 )
 
@@ -477,10 +481,10 @@ except RuntimeError as e:
 # %% [markdown]
 # ## Train something
 #
-# Everything is here. The task: 64 noisy points on a curve; find a network whose curve goes through them. It has two
-# layers (matrix product, bias) with SiLU between them, and 97 parameters. The error, called the **loss**, is the mean
-# squared distance, `ops.mse`. Training repeats four lines: compute the loss, go backward, move every parameter a
-# small step *against* its gradient, forget the gradients.
+# Everything is here. The task: 64 noisy points on a curve; find a network whose curve follows them. It has two
+# layers (matrix product, bias) with SiLU between them, and 97 parameters. The error, called the **loss**, is the
+# mean squared distance, `ops.mse`. Training repeats four lines: compute the loss, go backward, move every
+# parameter a small step *against* its gradient, forget the gradients.
 #
 # $$\theta \leftarrow \theta - \eta\,\frac{dL}{d\theta}$$
 #
@@ -560,7 +564,7 @@ check.bell(bell_backward)
 
 # %% [markdown]
 # **2.2** Write the backward of $Y = A B^\top$, where $A$ is $(M, K)$, $B$ is $(N, K)$ and $Y$ is $(M, N)$: both
-# gradients. (Attention compares its queries and keys by such a product.) Let the shapes guide you.
+# gradients. (You will meet this product again in notebook 4.) Let the shapes guide you.
 
 
 # %%

@@ -63,8 +63,9 @@ figure(
 )
 
 # %% [markdown]
-# Written as loops it is this, for images with several numbers in each pixel, which we shall need soon: the image is
-# $(H, W, C_{in})$, the kernel $(k_h, k_w, C_{in}, C_{out})$.
+# Written as loops it is this, for images with several numbers in each pixel, which we shall need soon: the image
+# is $(H, W, C_{in})$, its height, its width and the numbers in each pixel; the kernel $(k_h, k_w, C_{in},
+# C_{out})$, its height, its width, and a weight for each number of a pixel and each of $C_{out}$ results.
 
 
 # %%
@@ -83,8 +84,8 @@ def naive_convolution(x, w):
 
 
 # %% [markdown]
-# That is the whole idea, in six loops. The library's `ops.conv2d` takes a batch $(B, H, W,
-# C)$ of images, and gives the same numbers:
+# That is the whole idea, in six loops. The library's `ops.conv2d` takes a batch of $B$ images, $(B, H, W, C)$,
+# and gives the same numbers:
 
 # %%
 x = grey[:16, :16, None]  # (H, W, C_in = 1)
@@ -103,7 +104,10 @@ by_hand = {
     "horizontal edges": vertical.T,
     "slanting edges": np.array([[-2, -1, 0], [-1, 0, 1], [0, 1, 2]]) / 8,
     "blur: the mean of 9 pixels": np.full((3, 3), 1 / 9),
-    "detail: pixel less neighbours": np.array([[0, -1, 0], [-1, 4, -1], [0, -1, 0]]) / 4,
+    "detail: pixel minus the mean of 4 neighbours": np.array(
+        [[0, -1, 0], [-1, 4, -1], [0, -1, 0]]
+    )
+    / 4,
 }
 photo = photograph(64)
 grey = photo.mean(axis=-1, keepdims=True)[None].astype(np.float64)  # (B = 1, H, W, C = 1)
@@ -114,8 +118,8 @@ shown = np.moveaxis(maps, -1, 0).reshape(5, 64, 64, 1).copy()
 shown[[0, 1, 2, 4]] *= 2.5  # differences of neighbours are small; now the eye sees them
 figure(
     plotting.image_grid(np.concatenate([grey, shown]), ["the image", *by_hand], columns=3),
-    "One image and five feature maps. In the maps of edges and of detail, mid-grey is 0; "
-    "black and white are strong answers of either sign. Stripes and the cap's rim answer "
+    "One image and five feature maps. In the maps of edges and of detail, shown 2.5 times as "
+    "strong, mid-grey is 0; black and white are strong answers of either sign. Stripes and the cap's rim answer "
     "to different kernels.",
 )
 
@@ -149,10 +153,10 @@ figure(
 # %% [markdown]
 # ## Padding and stride
 #
-# A 3 × 3 kernel cannot stand on the outermost pixels, so the result is two rows and two columns smaller. **Padding**
-# puts zeros around the image: with one row on each side the result is as large as the image. **Stride** 2 moves the
-# kernel by two pixels at a time: the result has half the height and width. That is how the U-Net makes its images
-# smaller.
+# The middle of a 3 × 3 kernel cannot stand on the outermost pixels, so the result is two rows and two columns
+# smaller. **Padding** puts zeros around the image: with one row on each side the result is as large as the image.
+# **Stride** 2 moves the kernel by two pixels at a time: the result has half the height and width. That is how the
+# U-Net makes its images smaller.
 
 # %%
 figure(
@@ -165,10 +169,11 @@ figure(
 source(pad_image)
 
 # %% [markdown]
-# How large is the output? Each window gives one row of it, so count the windows. The padded image has $H + 2P$ rows,
-# where $H$ is the image's height and $P$ the padding on each side. The first window starts at row 0, the next $s$
-# rows below (the stride), and the last is the last one that still fits with all its $k$ rows (the kernel's height).
-# Exercise 3.1 asks for the formula; here is what the library makes of a few:
+# How large is the output? Let the kernel go straight down: each place where it stops gives one row of the output,
+# so count these places. The padded image has $H + 2P$ rows, where $H$ is the image's height and $P$ the padding
+# on each side. The first is at row 0, the next $s$ rows below (the stride), and the last is the last one where it
+# still fits with all its $k$ rows (the kernel's height). Exercise 3.1 asks for the formula; here is what the
+# library makes of a few:
 
 # %%
 rows = []
@@ -205,12 +210,12 @@ figure(
     ),
     "Redness is red less half of green and blue, blueness the same for blue: two 1 × 1 "
     "kernels. A second convolution, on the first map alone, finds where redness begins "
-    "and ends.",
+    "and ends from left to right (2.5 times as strong; mid-grey is 0).",
 )
 
 # %% [markdown]
-# A 1 × 1 convolution is the same matrix applied to every pixel. A Transformer's linear layers do just that to every
-# element of a sequence:
+# A 1 × 1 convolution is the same matrix applied to every pixel. The library has this as `ops.linear`, too, for
+# lists of vectors of any kind:
 
 # %%
 as_linear = ops.linear(photo[None].astype(np.float64), mixing[0, 0]).data
@@ -220,8 +225,8 @@ assert close(as_linear, mixed, 1e-12)
 # ## A convolution is a product of matrices
 #
 # And larger kernels? Write the pixels under each window into one row, and the kernel into one column: multiplying and
-# adding up is now a row times a column. All windows are all rows. This rearrangement is called **im2col** (image to
-# columns).
+# adding up is now a row times a column. All windows together give a matrix. This rearrangement is called
+# **im2col** (image to columns; the first programs stored each window as a column, here it is a row).
 
 # %%
 small = np.array([[1, 0, 2, 1], [3, 1, 0, 2], [0, 2, 1, 1], [1, 0, 3, 2]], float)
@@ -241,7 +246,8 @@ figure(
 
 # %% [markdown]
 # With $C_{in}$ channels the rows are $k_h k_w C_{in}$ long; with $C_{out}$ kernels there are $C_{out}$ columns: one
-# large product of matrices, and that is what computers are best at. The library's reference is this, and no more:
+# large product of matrices, and that is what computers are best at. The library's version in plain NumPy is this.
+# It is called the **reference**: compiled kernels must give its numbers.
 
 # %%
 source(im2col, conv2d_forward)
@@ -266,8 +272,9 @@ print(f"columns {columns.shape}: {columns.size:,} numbers")
 #
 # $$dW = X_{col}^\top\; dY$$
 #
-# Each weight has met one pixel at every place; its gradient adds up all these meetings. That is what *sharing* a weight
-# means: used many times, so its gradient is a sum.
+# At every place each weight was multiplied by one pixel. Its gradient is the sum, over all places, of that pixel
+# times the gradient of the output there. That is what *sharing* a weight means: used many times, so its gradient
+# is a sum.
 #
 # For the pixels, think of one output. It has read nine pixels, each times a weight. So it hands its gradient back to
 # these nine, each times the same weight. A pixel that several windows have read gets the sum:
@@ -321,9 +328,10 @@ figure(
 )
 
 # %% [markdown]
-# Seen from the pixel, this is again a convolution. The pixel collects from all outputs around it; the output to its
-# *left* has read it with a weight to the *right* of the kernel's middle. So the kernel is **flipped** in both
-# directions, and input and output channels change places. That is useful: a fast forward is at once a fast backward.
+# Seen from the pixel, with stride 1, this is again a convolution. The pixel collects from all outputs around it;
+# the output to its *left* has read it with a weight to the *right* of the kernel's middle. So the kernel is
+# **flipped** in both directions, and input and output channels change places. That is useful: a fast forward is
+# at once a fast backward.
 
 # %%
 shapes = [(2, 7, 7, 3), (3, 3, 3, 4), (2, 7, 7, 4)]
@@ -352,9 +360,9 @@ table(["convolution", "largest relative error of its gradients"], rows)
 # %% [markdown]
 # ## Why it suits images
 #
-# **Nearby pixels are related.** Take two pixels of the photograph and ask how alike they are (their correlation: 1
-# means that one tells the other, 0 that it tells nothing). It falls with the distance, so the neighbours are where
-# the information is:
+# **Nearby pixels are related.** Take two pixels of the photograph and ask how alike they are (their correlation:
+# near 1, where one is bright the other is, too; near 0, the brightness of one does not help to guess that of the
+# other along a straight line). It falls with the distance, so what helps to guess a pixel lies near it:
 
 # %%
 large = photograph(128).mean(axis=-1)
@@ -371,7 +379,7 @@ correlations = {
 }
 chart = plotting.line_plot(
     {name: (distances, values) for name, values in correlations.items()},
-    "distance between the pixels",
+    "distance (pixels)",
     "correlation",
     marker="o",
 )
@@ -436,9 +444,10 @@ figure(
             for (n, s), width in zip(stacks, widths, strict=True)
         ],
     ),
-    "Which of 63 × 63 pixels one output depends on, and a frame around them. The darker, "
-    "the more (the square root is shown). Each layer of stride 1 adds two pixels; with "
-    "stride 2 each layer doubles the reach of the next.",
+    "Which of 63 × 63 pixels one output depends on, and a frame around them. The darker a "
+    "pixel, the larger its gradient (drawn: the square root, in shares of each picture's "
+    "largest). Each layer of stride 1 adds two pixels to the width; with stride 2 each layer "
+    "doubles the reach of the next.",
 )
 assert widths[:4] == [1 + 2 * n for n in (1, 2, 4, 8)]
 
@@ -505,7 +514,7 @@ for way, (run, case) in ways.items():  # all give the same numbers, up to roundi
     assert close(run(), with_kernels("reference", *case), 1e-4), way
 
 # %% [markdown]
-# The times are medians of 9 rounds; in each round every way has its turn.
+# The times are medians of 9 rounds (the middle one of the sorted times); in each round every way has its turn.
 
 # %%
 seconds = {way: [] for way in ways}
@@ -545,8 +554,8 @@ figure(
 # %% [markdown]
 # Operations are counted by the formula above, however a way goes about it. The second way leaves the inner loops to
 # NumPy, where they run as compiled code. The third hands all the work to one product of matrices, which uses each
-# number many times while it is in the processor's cache. The compiled kernel does not build the large matrix at all,
-# and it has one more idea.
+# number many times while it is in the processor's cache, a small, fast memory that keeps what was used last. The
+# compiled kernel does not build the large matrix at all, and it has one more idea.
 #
 # ## Fewer multiplications: Winograd's idea
 #
@@ -569,7 +578,8 @@ figure(
 # - the inputs become $1-2 = -1,\ 3+2 = 5,\ 2-3 = -1,\ 3-5 = -2$;
 # - four products: $m = (-2,\ 10,\ 2,\ 4)$, so $y_0 = -2 + 10 + 2 = 10$ and $y_1 = 10 - 2 - 4 = 4$.
 #
-# As matrices, the sums of the inputs are $B^\top d$, those of the weights $G g$, those of the products $A^\top m$:
+# As matrices, the sums of the inputs are $B^\top d$, those of the weights $G g$, those of the products $A^\top m$
+# (the names are the paper's; this $B$ is no batch):
 
 # %%
 Bt = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], float)

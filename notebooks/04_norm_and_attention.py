@@ -32,10 +32,10 @@ rng = np.random.default_rng(0)
 # %% [markdown]
 # ## Why normalise
 #
-# Every layer multiplies. If a layer makes its numbers a little smaller, ten such layers make them vanish; if it makes
-# them larger, they explode. Here are twelve convolutions, each followed by an activation (SiLU, see below): with
-# weights as the library draws them, with weights four times as large, and both again with a norm before each
-# activation.
+# Every layer multiplies. If each makes its numbers three times smaller, ten of them make them 60,000 times
+# smaller; if each makes them larger, they explode. Here are twelve convolutions, each followed by an activation
+# (SiLU, from notebook 2): with weights as the library draws them, with weights four times as large, and both
+# again with a norm before each activation.
 
 # %%
 layers = [Conv2d(32, 32).initialise(seed) for seed in range(12)]
@@ -67,7 +67,8 @@ figure(
     ),
     "The size of the features, layer by layer, as a power of ten. Without a norm it runs "
     "away, up or down, by about the same factor each layer. With one it stays, and the size "
-    "of the weights makes no difference: the two lines lie on each other.",
+    "of the weights makes no difference: the two lines lie on each other. (They lie below 0, at a "
+    "deviation under 1, because the SiLU comes after the norm.)",
 )
 
 # %% [markdown]
@@ -101,12 +102,13 @@ figure(
 # - $\mu$ (mu) and $\sigma^2$ (sigma squared) are the group's mean and variance, $\hat x$ (x hat) the normalised
 #   number;
 # - $\delta$ (delta) is a small number, $10^{-5}$, against division by zero; the code calls it `eps`;
-# - $\gamma_c$ (gamma) and $\beta_c$ (beta) are learned, one of each a channel, so that the network may choose another
-#   size and place where that serves it. This $\beta_c$ has nothing to do with the schedule's $\beta_t$; the code
-#   calls the two `gain` and `offset`.
+# - $\gamma_c$ (gamma) and $\beta_c$ (beta) are learned, one of each for every channel, so that the network may
+#   choose another size and place where that serves it. This $\beta_c$ has nothing to do with the schedule's
+#   $\beta_t$; the code calls the two `gain` and `offset`.
 #
-# The library's function takes the positions in one axis, (B, N, C); `wide` computes half-precision numbers in single
-# precision.
+# The library's function takes the positions in one axis, (B, N, C); `wide` computes half-precision numbers
+# (floats of two bytes) in single precision; `rstd` is $1/\sqrt{\sigma^2+\delta}$; `x2`, more channels, belongs to
+# notebook 5.
 
 # %%
 from minidiff.ops.groupnorm import group_norm_backward, group_norm_forward
@@ -131,8 +133,8 @@ table(["channels", "mean before", "deviation before", "mean after", "deviation a
 
 # %% [markdown]
 # Every group has mean 0 and deviation 1. *Inside* a group the channels keep their proportions: of two channels that
-# share a group, the stronger one is still the stronger one. That is what lies between the two extremes: one group for
-# all channels would keep all proportions, one group a channel would forget them all.
+# share a group, the stronger one is still the stronger one. This is the middle way: one group for all channels
+# would keep all proportions, one group for every channel would forget them all.
 #
 # ### Why not over the batch
 #
@@ -163,10 +165,11 @@ table(
 # %% [markdown]
 # ### Its gradient in one line
 #
-# Adding one number to a whole group, or multiplying the group by one, does not change $\hat x$ (but for the tiny
-# $\delta$). So the gradient must have nothing in these two directions. That is what its one line says: take the
-# gradient of $\hat x$, called $g = \gamma\, dy$; take off its mean, and its part along $\hat x$; divide by the
-# deviation:
+# Adding one and the same number to a whole group, or multiplying the whole group by one and the same positive
+# number, does not change $\hat x$ (but for the tiny $\delta$). So the gradient must have nothing in these two
+# directions. That is what its one line says: take the gradient of $\hat x$, called $g = \gamma\, dy$ (from here
+# on $g$ is no longer the number of a group); take off its mean over the group, and its part along $\hat x$;
+# divide by the deviation:
 #
 # $$dx = \frac{1}{\sqrt{\sigma^2+\delta}}
 #   \Big(g - \operatorname{mean}(g) - \hat x\, \operatorname{mean}(g\,\hat x)\Big)$$
@@ -197,10 +200,10 @@ print(f"sum of dx (x - mean)    {(dx * inside).sum():9.6f}   (not exactly 0, bec
 # %% [markdown]
 # ### SiLU behind it
 #
-# A network of convolutions and norms alone could only add and scale. The bend comes from an activation. Diffusion
+# A convolution only adds and scales, and a norm does little more. The bend comes from an activation. Diffusion
 # networks use **SiLU** ([Elfwing et al. 2017](https://arxiv.org/abs/1702.03118)): $\operatorname{silu}(x) =
-# x\,\sigma(x)$, where $\sigma(x) = 1/(1+e^{-x})$ (here $\sigma$ is the sigmoid) rises from 0 to 1. Far to the right
-# it is $x$, far to the left 0, and in between smooth.
+# x\,\sigma(x)$, where $\sigma(x) = 1/(1+e^{-x})$ (here $\sigma$ is the sigmoid) rises from 0 to 1. Far to the
+# right it is nearly $x$, far to the left nearly 0, and in between smooth.
 
 # %%
 from minidiff.ops.silu import silu_forward
@@ -217,9 +220,9 @@ figure(
 )
 
 # %% [markdown]
-# In a residual block every norm is followed by a SiLU. The compiled kernel does both in one pass, because the numbers
-# it has just normalised are still in the processor's cache; `silu=True` asks for that. The result is the same, the
-# trip to memory is saved:
+# In the residual blocks of the U-Net (notebook 5) every norm is followed by a SiLU. The compiled kernel does both
+# in one pass, because the numbers it has just normalised are still in the processor's cache; `silu=True` asks for
+# that. The result is the same, the trip to memory is saved:
 
 # %%
 features = rng.standard_normal((8, 64, 64, 64)).astype(np.float32)
@@ -237,7 +240,10 @@ def one_after_the_other():
 assert close(fused(), one_after_the_other(), 1e-5)
 if "cpu" in backend.MODULES:
     times = medians({"norm, then SiLU": one_after_the_other, "both in one": fused})
-    table(["compiled kernels", "ms"], [[name, f"{1e3 * s:.2f}"] for name, s in times.items()])
+    table(
+        ["compiled kernels", "ms (median)"],
+        [[name, f"{1e3 * s:.2f}"] for name, s in times.items()],
+    )
 
 # %% [markdown]
 # ## Attention by hand
@@ -257,12 +263,13 @@ if "cpu" in backend.MODULES:
 # positive and add up to 1. The answer is the average of the values, with these weights ([Vaswani et al.
 # 2017](https://arxiv.org/abs/1706.03762), equation 1):
 #
-# $$\operatorname{attention}(Q,K,V) = \operatorname{softmax}\!\left(\frac{Q K^T}{\sqrt d}\right) V
-#   \qquad \operatorname{softmax}(s)_j = \frac{e^{s_j}}{\sum_i e^{s_i}}$$
+# $$\operatorname{attention}(Q,K,V) = \operatorname{softmax}\!\left(\frac{Q K^\top}{\sqrt d}\right) V
+#   \qquad \operatorname{softmax}(s)_j = \frac{e^{s_j}}{\sum_{j'} e^{s_{j'}}}$$
 #
-# - $Q$ has one row a query, $L_q$ rows of $d$ numbers; $K$ and $V$ have one row a key, $L_k$ of them;
-# - $Q K^T$ ($L_q \times L_k$) holds all dot products; $d$ is the width of a query and of a key. Why its root, we will
-#   see.
+# - $Q$ has one row for each query, $L_q$ rows of $d$ numbers; $K$ and $V$ have one row for each key, $L_k$ of
+#   them;
+# - $Q K^\top$ ($L_q \times L_k$) holds all dot products; $d$ is the width of a query and of a key. Why its root,
+#   we will see; $s$ is one row of scores, those of one query, and $j'$ runs over all keys.
 #
 # Three tokens, two numbers each:
 
@@ -290,7 +297,7 @@ figure(
         "Q times K transposed over root 2 gives a 3 by 3 matrix of scores, with numbers.",
     ),
     "Each score is a row of Q times a column of K transposed, over 1.41: for query 1 and key "
-    "3, (2 · 1 + 0 · 1) / 1.41 = 1.41.",
+    "3, (2 · 1 + 0 · 1) / 1.41 = 1.41. The darker a cell, the larger its number within its matrix.",
 )  # fmt: skip
 figure(
     equation(
@@ -312,7 +319,9 @@ source(attention_scores, attention_forward)
 
 # %% [markdown]
 # `top` is the row's maximum, taken off before the exponential (exercise 4.1 is about that). `lse` is kept for the
-# backward pass: with it the weights can be computed again in place of being stored.
+# backward pass: with it the weights can be computed again in place of being stored. `bias` is added to the scores
+# (the mask below uses it), `causal` hides the tokens that come later (for text, notebook 8), and heads follow
+# below.
 #
 # One thing attention does *not* know is the order of the keys. Shuffle keys and values alike, and nothing changes:
 
@@ -322,15 +331,15 @@ assert close(ops.attention(Q[None], K[None][:, shuffled], V[None][:, shuffled]).
 
 # %% [markdown]
 # For the places of an image that does little harm: the convolutions before and after keep neighbours together. For
-# words it matters ("red circle above blue square" is not "blue circle above red square"); a text encoder therefore
-# adds a vector for the place to every word.
+# words it matters ("red circle above blue square" is not "blue circle above red square"); the text encoder, the
+# network that makes vectors of words (notebook 8), therefore adds a vector for the place to every word.
 #
 # ### Why the root of d
 #
-# Take a query and a key of $d$ independent numbers of variance 1. Their dot product is a sum of $d$ products, each of
-# variance 1, so its variance is $d$. Wide vectors make large scores, large scores make a softmax that gives nearly
-# everything to one key, and such a softmax cannot learn: its gradient is nearly 0. Dividing by $\sqrt d$ brings the
-# variance back to 1.
+# Take a query and a key of $d$ independent numbers of mean 0 and variance 1. Their dot product is a sum of $d$
+# products, each of variance 1, so its variance is $d$. Wide vectors make large scores, large scores make a
+# softmax that gives nearly everything to one key, and such a softmax cannot learn: its gradient is nearly 0.
+# Dividing by $\sqrt d$ brings the variance back to 1.
 
 # %%
 rows = []
@@ -395,14 +404,16 @@ assert close(both, np.concatenate([first, second], axis=-1))
 # Where queries, keys and values come from the same tokens, it is **self-attention**: places of the image look at each
 # other. In **cross-attention** the queries come from the image, keys and values from the words of the caption:
 #
-# $$\operatorname{softmax}\!\left(\frac{Q_{\text{image}}\,K_{\text{text}}^T}{\sqrt d}\right) V_{\text{text}}$$
+# $$\operatorname{softmax}\!\left(\frac{Q_{\text{image}}\,K_{\text{text}}^\top}{\sqrt d}\right) V_{\text{text}}$$
 #
 # Every place of the noisy image asks: which of these words concern me, and what do they say I should look like? This
-# is the only way by which the text enters the network. It is not an instruction to draw; it narrows down what the
-# noise at this place can turn out to have been.
+# is the only way by which the text enters the network. It is not an instruction to draw; it narrows down which
+# image can lie beneath the noise at this place.
 #
-# Here is the whole layer of the U-Net, self and cross in one; `tokens` are the words' vectors. (A `Text` remembers
-# its keys and values: the words stay the same over all steps of drawing a picture.)
+# Here is the whole layer of the U-Net, self and cross in one; `tokens` are the words' vectors. `to_q`, `to_k` and
+# `to_v` are the three learned matrices, `to_out[0]` a fourth, which mixes the heads; `residual` is added to the
+# result; the `mask` comes in a moment. (A `Text` remembers its keys and values: the words stay the same over all
+# steps of drawing a picture.)
 
 # %%
 from minidiff.models.unet import Attention
@@ -487,7 +498,8 @@ figure(
 )  # fmt: skip
 
 # %% [markdown]
-# Exchange two values, and the same image is told something else. The queries do not change, nor do the weights:
+# Exchange the two colours among the values, and the same image is told something else. The queries do not change,
+# nor do the weights:
 
 # %%
 swapped = word_values.copy()
@@ -533,8 +545,9 @@ table(["length with padding", "red, without the mask", "red, with the mask"], ro
 #
 # The softmax seems to say so: to divide by the sum of a row's exponentials, one must have seen the whole row. And one
 # must know the row's maximum first, or the exponentials overflow. The way out ([Milakov and Gimelshein
-# 2018](https://arxiv.org/abs/1805.02867)) is to keep three running numbers for every query and to correct them when a
-# new block of keys arrives. With $s_j$ the scores of the new keys:
+# 2018](https://arxiv.org/abs/1805.02867)) is to keep two running numbers and one running vector for every query,
+# and to correct them when a new block of keys arrives. With $s_j$ the scores of the new keys, $v_j$ their values,
+# and a prime for what is kept afterwards:
 #
 # $$m' = \max\!\big(m,\ \max_j s_j\big) \qquad
 #   l' = l\,e^{m-m'} + \sum_j e^{s_j-m'} \qquad
@@ -542,7 +555,7 @@ table(["length with padding", "red, without the mask", "red, with the mask"], ro
 #
 # - $m$ is the largest score seen so far; it begins at $-\infty$;
 # - $l$ is the sum of $e^{s-m}$ over all keys seen so far;
-# - $o$ is the same sum with the values: the result, before it is divided.
+# - $o$, a vector, is the same sum with the values: the result, before it is divided.
 #
 # If a new key has a higher score, $m$ rises, and the factor $e^{m-m'} < 1$ corrects what was summed with the old
 # maximum. At the end the result is $o / l$. Watch it on one query, six keys, two at a time, with values that are
@@ -552,7 +565,7 @@ table(["length with padding", "red, without the mask", "red, with the mask"], ro
 row = np.array([1.0, 3.0, 2.0, 5.0, 0.0, 4.0])  # the scores
 values = np.array([10.0, 20.0, 30.0, 40.0, 50.0, 60.0])
 m, total, o = -np.inf, 0.0, 0.0  # total is the l of the equations
-rows = [["", "", m, total, o, ""]]
+rows = [["(start)", "", m, total, o, ""]]
 for j in range(0, 6, 2):
     s, v = row[j : j + 2], values[j : j + 2]
     higher = max(m, s.max())
@@ -564,8 +577,8 @@ table(["scores of the block", "factor for the old", "m", "l", "o", "o / l"], row
 print(f"all at once: {softmax_forward(row) @ values:.3f}")
 
 # %% [markdown]
-# In the first line the factor is $e^{-\infty} = 0$: nothing had been summed yet. In the last the maximum stayed 5, so
-# the factor is 1.
+# At the first block the factor is $e^{-\infty} = 0$: nothing had been summed yet. At the last the maximum stayed
+# 5, so the factor is 1.
 #
 # Now for all queries, on matrices; this is a teaching version for one head:
 
@@ -619,6 +632,7 @@ for L in lengths:
     memory["blocks of 64 keys"].append(peak_bytes(blockwise_attention, q, k, v) / 2**20)
 figure(
     memory_plot(lengths, memory),
+    "The most memory that attention held at once, for L queries and L keys (1 MiB is 2^20 bytes). "
     "Each step to the right is twice as many tokens, each line across ten times the memory. "
     "From step to step the whole matrix takes four times the memory, the blocks take twice.",
 )
@@ -636,11 +650,12 @@ table(
 #
 # The compiled kernel goes one step further ([Dao et al. 2022](https://arxiv.org/abs/2205.14135)): it takes the
 # queries by blocks too, so that a block of scores is small enough for the processor's cache and never travels to main
-# memory. That is worth time as well as memory. The head of its source states the same three updates:
+# memory. That is worth time as well as memory. The head of its source states the same three updates. `S` are the
+# scores and `P` their exponentials; `rows of S` is each row's maximum, `rows of P` each row's sum:
 
 # %%
 kernel_source = (ROOT / "csrc" / "cpu" / "attention.cpp").read_text().splitlines()
-print("\n".join(line.removeprefix("//") for line in kernel_source[:9]))
+print("\n".join(line[2:40].rstrip() for line in kernel_source[2:8]))
 
 
 # %%
@@ -657,9 +672,7 @@ if "cpu" in backend.MODULES:
         calls = {"whole": whole, "blocks": blockwise_attention, "compiled": compiled}
         seconds = medians(calls, q, k, v, repeats=5)
         rows.append([L, *(f"{1e3 * s:.2f}" for s in seconds.values())])
-    table(
-        ["L", "whole matrix, NumPy (ms)", "blocks, NumPy (ms)", "blocks, compiled (ms)"], rows
-    )
+    table(["L", "whole matrix, NumPy (ms, median)", "blocks, NumPy", "blocks, compiled"], rows)
 
 # %% [markdown]
 # In NumPy, blocks save memory, not time: every step still writes its small arrays out and reads them back. The
@@ -684,9 +697,9 @@ def safe_softmax(x):
 check.safe(safe_softmax)
 
 # %% [markdown]
-# **4.2** Two threads share the keys of the same queries: one has seen the first half and holds $(m_a, l_a, o_a)$, the
-# other the second half and holds $(m_b, l_b, o_b)$. Merge them into the $(m, l, o)$ of all keys. ($m$ and $l$ are
-# arrays $(L_q, 1)$, $o$ is $(L_q, d)$.)
+# **4.2** Two workers share the keys of the same queries: one has seen the first half and holds $(m_a, l_a, o_a)$,
+# the other the second half and holds $(m_b, l_b, o_b)$. Merge them into the $(m, l, o)$ of all keys. ($m$ and $l$
+# are arrays $(L_q, 1)$, $o$ is $(L_q, d)$.)
 
 
 # %%

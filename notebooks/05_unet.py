@@ -33,8 +33,9 @@ rng = np.random.default_rng(0)
 # %% [markdown]
 # ## The whole of it
 #
-# A `UNetConfig` names the sizes. This one has three **levels**, with 16, 32 and 48 channels, one residual block a
-# level on the way down (and one more on the way up), and attention to the text at the lowest level only:
+# A `UNetConfig` names the sizes. This one has three **levels**, with 16, 32 and 48 channels, one **residual
+# block** for each level on the way down (and one more on the way up; its parts are taken apart below), and
+# attention to the text at the lowest level only:
 
 # %%
 config = UNetConfig(
@@ -57,9 +58,10 @@ print(f"{parameter_count(unet):,} parameters")
 source(UNet.forward)
 
 # %% [markdown]
-# Read it from the middle: `skips` is a list. The way down (`down`) appends every result to it; the way up (`up`)
-# takes them off its end again, so the last result of the way down meets the first block of the way up. (`run` and
-# `_once_a_condition` save memory and work in special cases; here they pass on what they get.)
+# Read it from the middle: `skips` is a list. The way down (`down`) appends its results to it (where attention
+# follows a residual block, only the attention's); the way up (`up`) takes them off its end again, so the last
+# result of the way down meets the first block of the way up. (`run` and `_once_a_condition` save memory and work
+# in special cases; here they pass on what they get.)
 #
 # To see the shapes, we run it on a photograph and note every block that is called. Nothing in this drawing is written
 # down by hand:
@@ -75,15 +77,16 @@ figure(
     "Each box is a block, the bold number its channels, the left edge tells height and width. "
     "res: residual block; attn: attention; down: half the size; up: twice the size; conv: "
     "first and last convolution. Dashed: skips. Below a box: what it is told besides the "
-    "features.",
+    "features. Lowest row: the middle block, at the size of the lowest level.",
 )
 
 # %% [markdown]
 # Follow one way: 48 × 48 with 16 channels, 24 × 24 with 32, 12 × 12 with 48, and back. The lower levels have fewer
 # positions and more channels: fewer places, and more to say about each.
 #
-# The table lists, for the blocks that a skip enters, how many channels come in. A skip lies *beside* the features, as
-# further channels:
+# The table lists, for the blocks that a skip enters, how many channels come in. A skip lies *beside* the
+# features, as further channels. (Blocks are numbered in the order of the run: `down_blocks.0` is the finest
+# level, `up_blocks.0` the lowest.)
 
 # %%
 table(
@@ -128,8 +131,9 @@ figure(
 )
 
 # %% [markdown]
-# Blocks of 8 × 8 pixels still tell that there is a face, but not where an eye ends. What the lower row shows is what
-# skips are for: they hand it to the way up, past the small levels.
+# Blocks of 8 × 8 pixels still tell that something skin-coloured is in the middle, above something dark, but not
+# where an eye ends. What the lower row shows is what skips are for: they hand it to the way up, past the small
+# levels.
 #
 # In the network halving and doubling are convolutions too, with learned weights:
 
@@ -227,7 +231,7 @@ figure(
 #   \qquad f_i = 10000^{-i/(D/2)}$$
 #
 # - $D$ is the vector's length, $i$ counts its waves, and $f_i$ is the frequency of wave $i$;
-# - $f_0 = 1$: this wave turns once in $2\pi \approx 6.3$ steps; the further $i$, the slower.
+# - $f_0 = 1$: this wave turns once in $2\pi \approx 6.3$ steps; the larger $i$, the slower the wave.
 
 # %%
 source(ops.timestep_embedding)
@@ -260,8 +264,9 @@ figure(
         "time t",
         "dot product / (D/2)",
     ),
-    "Each time is most like itself. With distance the likeness falls, steeply at first, then "
-    "slowly; the ripples are the fast waves, which come round again.",
+    "Each time is most like itself. Up to a distance of about 500 the likeness falls, steeply at "
+    "first, then slowly; beyond that it rises again, because waves of middle speed have come "
+    "round. The quick ripples are the fast waves.",
 )
 
 # %% [markdown]
@@ -274,10 +279,13 @@ from minidiff.models.unet import TimeEmbedding
 source(TimeEmbedding.forward)
 
 # %% [markdown]
+# (The network embeds $t - 1$, so that the times 1 to 1000 become 0 to 999, as in the figures. `sin_first` and `shift`
+# are for the weights of other libraries.)
+#
 # ## The residual block
 #
-# Nearly all of the U-Net is made of one part. With $e$ for the time's vector (after a SiLU), $W_e$ for the block's
-# own matrix (`time_emb_proj`), and $x$ for the features:
+# Most of the U-Net is made of one part. With $e$ for the time's vector (after a SiLU), $W_e$ for the block's own
+# matrix (`time_emb_proj`), and $x$ for the features:
 #
 # $$h = \operatorname{conv}_1\!\big(\operatorname{silu}(\operatorname{norm}_1 x)\big) + W_e\, e
 #   \qquad y = x + \operatorname{conv}_2\!\big(\operatorname{silu}(\operatorname{norm}_2 h)\big)$$
@@ -457,7 +465,8 @@ figure(
             for name, values in losses.items()
         }
     ),
-    "The training losses. Both learn; the network without skips stays far behind.",
+    "The training losses, on a logarithmic axis: of each step (points), and their running median "
+    "(lines). Both learn; the network without skips stays far behind.",
 )
 
 # %%
@@ -476,7 +485,7 @@ figure(
         [name for name in ("x_t", "x_0", *cleaned) for _ in range(6)],
         columns=6,
     ),
-    "Pictures that neither has seen. Without skips there is something dark about where each "
+    "Pictures that neither has seen (x_t is cut off at ±1 to be shown). Without skips there is something dark about where each "
     "shape stands: what there is, roughly, comes through the bottom. Outlines and colours do "
     "not, in so short a training.",
 )
@@ -500,9 +509,18 @@ table(
     ],
 )
 
+# %%
+near, far = (
+    ((cleaned["without skips"] - x0) ** 2)[w].mean()
+    - ((cleaned["with skips"] - x0) ** 2)[w].mean()
+    for w in (edge, ~edge)
+)
+print(f"without skips the error is larger by {near:.2f} near edges, by {far:.2f} elsewhere")
+
 # %% [markdown]
-# Last, take the skips away from the *finished* network, those of one level at a time. It was trained with them, so
-# this shows what it had come to expect from each:
+# What does not come through the bottom is mostly at the edges. Last, take the skips away from the *finished*
+# network, those of one level at a time. It was trained with them, so this shows what it had come to expect from
+# each:
 
 
 # %%
@@ -558,7 +576,8 @@ check.level_shapes(features_at)
 # **5.2** With one residual block a level on the way down there are two on the way up. How many channels go into each
 # of the two, at a given level? The first gets what comes up from below (the middle block has as many channels as the
 # lowest level), and the last skip of this level beside it. The second gets the first one's result, and the skip that
-# came *first* at this level: the one that the level above sent down. (The drawing and the table above show an
+# came *first* at this level: the one that the level above sent down (at level 0, which has none above it, the
+# result of the first convolution, with as many channels as level 0). (The drawing and the table above show an
 # example.)
 
 

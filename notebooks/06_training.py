@@ -32,7 +32,8 @@ from minidiff.tensor import no_grad
 from minidiff.train import load_model
 
 rng = np.random.default_rng(0)
-model, config = load_model()  # the trained model in the box
+# the trained model that comes with the library: "the model in the box"
+model, config = load_model()
 T, alpha_bar = model.schedule.T, model.schedule.alpha_bar
 
 # %% [markdown]
@@ -48,7 +49,7 @@ T, alpha_bar = model.schedule.T, model.schedule.alpha_bar
 # - $\varepsilon_\theta$ (epsilon theta) is the network; $\theta$ stands for its weights. It sees $x_t$ and $t$, and for
 #   text to image the caption too, which we write as a third argument `cond`.
 # - $\|\cdot\|^2$ is the sum of the squares of all numbers. The code takes their mean instead: the same up to a
-#   constant.
+#   constant factor.
 # - $\mathbb{E}$ is the expectation, that is the average over all times, images and noises. Training takes the average
 #   over a small batch, a new one at every step.
 #
@@ -105,8 +106,9 @@ assert close(loss.item(), np.mean((eps - answer) ** 2), 1e-5)
 # ## The best possible answer
 #
 # The network cannot *know* the noise: the same $x_t$ may come from one image with one noise, or from another image with
-# another. So what does the loss drive it to say? Suppose that seen this $x_t$, the noise can be $\varepsilon^{(1)}$,
-# $\varepsilon^{(2)}$, ..., with probabilities $p_1, p_2, \dots$, and the network answers $c$. Its expected loss is
+# another. So what does the loss drive it to say? Suppose that, once this $x_t$ is seen, the noise can be
+# $\varepsilon^{(1)}$, $\varepsilon^{(2)}$, ..., with probabilities $p_1, p_2, \dots$, and the network answers
+# $c$. Its expected loss is
 #
 # $$\sum_k p_k\,(\varepsilon^{(k)} - c)^2
 # = (c - \bar\varepsilon)^2 + \sum_k p_k\,(\varepsilon^{(k)} - \bar\varepsilon)^2
@@ -171,6 +173,7 @@ figure(
 #
 # Now let a tiny network learn it. It knows nothing of the three images; it is only asked for noise. Three linear
 # layers, the time as waves (`timestep_embedding`, as in the U-Net), and the very loss that is shown above.
+# (`AdamW` and its `ema_decay` are explained at the end of this notebook.)
 
 # %%
 from minidiff.ops import timestep_embedding
@@ -268,8 +271,9 @@ assert close(-np.sqrt(1 - a) * score[1:-1], best[1:-1], 1e-5)
 at = np.arange(200, 4000, 200)
 figure(
     score_arrows(xs, density, xs[at], score[at], "The density of noisy images and its score"),
-    "The density of x_t at t = 220, and arrows as long as the score is large. They point to "
-    "where noisy images are common: uphill, to the nearest of the three bumps.",
+    "The density of x_t at t = 220, and its score as arrows from the dots. They point to where "
+    "noisy images are common: uphill, to the nearest of the three bumps. They are long where the "
+    "density rises steeply for its height; where it is nearly flat, only the head is left.",
 )
 
 # %% [markdown]
@@ -368,8 +372,8 @@ figure(
          "another"],
         columns=4,
     ),
-    "What training pictures are like on average, and what the model predicts from nothing but "
-    "noise.",
+    "What training pictures are like on average, what the model predicts from nothing but noise, "
+    "and two training pictures.",
 )  # fmt: skip
 
 # %% [markdown]
@@ -378,8 +382,8 @@ figure(
 #
 # ## The loss at every noise level
 #
-# Now the model in the box on 64 pictures whose pairs of objects it was never trained on, in both units: how wrong its
-# noise is, and how wrong the image is that follows from it.
+# Now the model in the box on 64 pictures whose pairs of objects it was never trained on, in three units: how
+# wrong its noise is, how wrong the image is that follows from it, and how wrong the $v$ of the two.
 
 # %%
 x0 = model.encode(images)  # the 64 pictures from above, with their captions
@@ -402,7 +406,7 @@ figure(
         "t", "mean squared error", "Error by time in three units", logy=True,
     ),
     "The same answers of one model, measured as noise, as image and as v. The axis is "
-    "logarithmic.",
+    "logarithmic. At the left the curve of v lies on that of eps, at the right on that of x_0.",
 )  # fmt: skip
 
 # %% [markdown]
@@ -437,29 +441,31 @@ figure(
         },
         "t", "weight", "How much an error of the image counts at each time", logy=True,
     ),
-    "How much an error of the predicted image counts at each time. A loss on eps hardly asks "
-    "for the image at large t, where the next notebook will find that the composition is "
-    "decided.",
+    "How much an error of the predicted image counts at each time (logarithmic). Ours is 10 at "
+    "the left; from where it bends it lies on 1 + SNR. A loss on eps hardly asks for the image at "
+    "large t, where the next notebook will find that the composition is decided.",
 )  # fmt: skip
 
 # %% [markdown]
 # ## Training, live
 #
 # All parts are there. A training step draws a batch, computes the loss and its gradient (notebook 2), and moves the
-# weights a little downhill. Here is where the random things of a step come from, and the loop itself. What matters in
-# it are the lines with `loss_and_gradients`, `clip_factor`, `learning_rate` and `optimizer.step`; the others prepare
-# the next batch in a second thread, keep time and notice when numbers are not finite any more.
+# weights a little downhill. Here is where the random things of a step come from, one step, and the loop around
+# it. All that matters is in `step`: `loss_and_gradients`, `clip_factor` and `optimizer.step`; it also stops when
+# a number is not finite. The loop calls it as `take_step`, with the rate from `learning_rate`; its other lines
+# prepare the next batch in a second thread and keep time.
 
 # %%
 from minidiff import train as training
 
-source(training.draw_batch, training.draw_timesteps, training.train)
+source(training.draw_batch, training.draw_timesteps, training.step, training.train)
 
 # %% [markdown]
-# We train a smaller network on an easier task: pictures of *one* object. The settings are those of the preset `shapes`,
-# but for a few. Two of these need a word. The times are drawn more often from the middle, where the caption decides the
-# most (`draw_timesteps`). And no caption is dropped; the preset replaces one in ten by the empty one, for a purpose
-# that notebook 8 explains.
+# We train a smaller network on an easier task: pictures of *one* object. The settings are those of the preset
+# `shapes` (a file of settings for one kind of data), but for a few. Two of these need a word. The times are drawn
+# more often from the middle than from the two ends (`draw_timesteps`): near $t = T$ the best answer is a blur
+# anyway, and near $t = 0$ little is left to find out. And no caption is dropped; the preset replaces one in ten
+# by the empty one, for a purpose that notebook 8 explains.
 
 # %%
 from dataclasses import asdict
@@ -490,6 +496,11 @@ small = load_config(
 state = new_state(small)
 print(f"{sum(p.data.size for p in state.model.parameters()):,} weights")
 
+# %% [markdown]
+# To see what it has learned we let it draw. `draw` is the reverse process, which notebook 7 explains, here in 25 steps;
+# `guidance=1.0` turns off what notebook 8 adds; `averaged_weights` is explained at the end of this notebook. For now it
+# is enough that noise and a caption go in and a picture comes out.
+
 # %%
 asked = ["a large red circle", "a small blue square", "a large green triangle",
          "a small purple circle", "a large yellow square", "a small cyan triangle"]  # fmt: skip
@@ -512,7 +523,7 @@ print(f"{record.images:,} pictures in {60 * record.minutes:.0f} seconds")
 # %%
 figure(
     plotting.loss_curve({"small model": log}),
-    "The loss of each training step (points) and its running median. The points scatter "
+    "The loss of each training step (points) and its running median, on a logarithmic axis. The points scatter "
     "because every batch draws other pictures, other noise and other times.",
 )
 
@@ -526,6 +537,10 @@ figure(
     "What the model draws after so many training steps, one row each, always from the same "
     "noise.",
 )
+
+# %% [markdown]
+# How many are right? `shapes.judge`, a program without learning, finds the objects in a picture by their colour and
+# outline, and compares them with the caption:
 
 # %%
 fresh, wanted = shapes.batch(100, np.random.default_rng(8), objects=1)
@@ -541,8 +556,8 @@ table(
 # %% [markdown]
 # Before training the last layer is all zeros, so the network predicts grey. Then the background comes, then spots, then
 # their colours and sizes; the shape, which is a matter of edges, comes last and is often still wrong after so short a
-# run. (“All right” needs it.) The same code with a larger network, on two objects and for some hours made the model in
-# the box.
+# run. (“All right” asks for all of these together, for clear outlines and for a clean background.) The same code
+# with a larger network, on two objects and for some hours made the model in the box.
 #
 # ## AdamW
 #
@@ -550,11 +565,15 @@ table(
 # gradients than others. AdamW ([Loshchilov and Hutter 2017](https://arxiv.org/abs/1711.05101)) keeps two running
 # averages for every single weight $p$:
 #
-# - $m$, the average gradient: steps that contradict each other cancel;
-# - $v$, the average *squared* gradient (no relation of the $v$ above): the step is divided by its root, so every weight
-#   moves at a speed of its own, about the learning rate, whatever the size of its gradient;
-# - both begin at 0 and are too small at first, which dividing by $1 - \beta^{\text{step}}$ repairs;
-# - the weight decay pulls every weight a little towards 0.
+# - $m \leftarrow \beta_1 m + (1-\beta_1)\,g$, the average gradient: steps that contradict each other cancel;
+# - $v \leftarrow \beta_2 v + (1-\beta_2)\,g^2$, the average *squared* gradient (no relation to the $v$ above):
+#   the step is $m$ divided by the root of $v$, so a weight moves by about the learning rate or less, whatever the
+#   size of its gradient; the small `eps` (not the noise) keeps from dividing by 0;
+# - $\beta_1$ and $\beta_2$ (no relation to the schedule's $\beta_t$) are the share of the old average that is
+#   kept. Both averages begin at 0 and are too small at first, which dividing by $1 - \beta_1^{\text{step}}$ and
+#   $1 - \beta_2^{\text{step}}$ repairs;
+# - the weight decay pulls matrices and kernels (not biases and the gains of norms) a little towards 0.
+#   (`g_factor` is the clipping, see below.)
 #
 # What differs from step to step, such as the learning rate and those two repairs, is gathered in one small array:
 
@@ -574,8 +593,8 @@ source(optim.step_numbers, optim.adamw_update)
 # $$\text{ema} \leftarrow \text{ema} + (1-d)\,(p - \text{ema})$$
 #
 # With the decay $d = 0.99$ it remembers about the last $1/(1-d) = 100$ steps. A weight near its best value jitters
-# around it, because every batch pulls it elsewhere; the average does not. Here is one weight whose loss is
-# $\tfrac12(p-1)^2$, with gradients that are noisy:
+# around it, because every batch pulls it elsewhere; its average does so less, and the less, the longer it
+# remembers. Here is one weight whose loss is $\tfrac12(p-1)^2$, with gradients that are noisy:
 
 # %%
 noise = rng.standard_normal((800, 1))
@@ -599,8 +618,8 @@ figure(
 
 # %% [markdown]
 # Does it help a network? Train the tiny one again, with small batches and a learning rate that stays high, and measure
-# its loss with the weights as they are and with their averages, several times in the last steps. (The optimizer holds
-# the averages as `ema`.)
+# its loss with the weights as they are and with their averages, several times in the last steps, at times $t$
+# from 100 on. (The optimizer holds the averages as `ema`.)
 
 # %%
 images = rng.choice(points, (20_000, 1)).astype(np.float32)
@@ -645,8 +664,8 @@ def clean(x_t, eps, alpha_bar):
 check.image_from_noise(clean)
 
 # %% [markdown]
-# **6.2** The target $v$ from $x_0$ and $\varepsilon$. (Do it from the picture of the turned axes: at $\bar\alpha_t = 1$
-# it is $\varepsilon$, at $\bar\alpha_t = 0$ it is $-x_0$.)
+# **6.2** The target $v$ from $x_0$ and $\varepsilon$. (Do it from the two turned axes under “Three ways to ask”:
+# at $\bar\alpha_t = 1$ it is $\varepsilon$, at $\bar\alpha_t = 0$ it is $-x_0$.)
 
 
 # %%

@@ -115,14 +115,15 @@ figure(
 #
 # $$q(x_{t-1} \mid x_t, x_0) \;\propto\; q(x_t \mid x_{t-1})\; q(x_{t-1} \mid x_0)$$
 #
-# A product of two bell curves is a bell curve again: in the exponents stand parabolas, and the sum of two parabolas is
-# a parabola. With means $m_1, m_2$ and variances $v_1, v_2$ it has
+# ($\propto$, proportional to: equal up to a factor that does not depend on $x_{t-1}$.) A product of two bell
+# curves is a bell curve again: in the exponents stand parabolas, and the sum of two parabolas is a parabola. With
+# means $m_1, m_2$ and variances $v_1, v_2$ it has
 #
 # $$\frac1v = \frac1{v_1} + \frac1{v_2}, \qquad m = v\left(\frac{m_1}{v_1} + \frac{m_2}{v_2}\right)$$
 #
 # so the mean lies between, nearer to the narrower curve. With numbers, for one pixel, $x_0 = 0.6$ and $x_t = -0.3$. To
-# have something to see we take a longer step, from $t = 500$ to $t_\text{prev} = 350$. Nothing changes but the step's
-# own numbers: $\alpha = \bar\alpha_t/\bar\alpha_{t_\text{prev}}$ and $\beta = 1 - \alpha$ (exercise 7.3).
+# have something to see we take a longer step, from $t = 500$ to $t_\text{prev} = 350$. Nothing changes but the
+# step's own numbers, $\alpha$ and $\beta$ (exercise 7.3 asks where they come from):
 
 # %%
 source(Schedule.between)
@@ -220,15 +221,17 @@ table(["step, of 50 in all", "removed, of the noise in x_t", "then multiplied by
 # %% [markdown]
 # Read it from below. The last step removes all the noise that is left. Those in the middle remove a small part and make
 # the rest a little larger. The very first is special: the cosine schedule ends in nearly pure noise, $\bar\alpha_T
-# \approx 0$, so $x_T$ says nothing, and almost all of it is thrown away. What follows comes from the predicted image
-# and fresh noise.
+# \approx 0$, so $x_T$ says nothing. When its noise is removed, all that is left is a faint trace of the predicted
+# image, and the large factor brings it to the size that it has at the next time. What follows comes from the
+# predicted image and fresh noise.
 #
 # ## How much noise to add
 #
 # The mean is not enough: to draw from the distribution we add $\sigma_t z$, with fresh standard noise $z$. How large is
 # $\sigma_t$? There are two answers, for two extreme worlds:
 #
-# - *small*: the posterior's variance. Right if $x_0$ is known, as if there were only one image;
+# - *small*: $\sigma_t^2 = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\,\beta_t$, the posterior's variance. Right if
+#   $x_0$ is known, as if there were only one image;
 # - *large*: $\sigma_t^2 = \beta_t$. Right if images are themselves standard noise, the most uncertain world.
 #
 # The truth lies between. With many short steps the two are nearly equal, except at the very end.
@@ -249,7 +252,16 @@ for t in (980, 600, 300, 100, 20):
     assert close(rest**2 + fresh**2, 1 - a_prev, 1e-9)  # variances add
     rows.append([f"{t} to {t - 20}", *(f"{x:.3f}" for x in (np.sqrt(1 - a), rest, fresh,
                                                            np.sqrt(1 - a_prev)))])  # fmt: skip
-table(["step", "noise in x_t", "of it left", "fresh noise", "together"], rows)
+table(
+    [
+        "step",
+        "noise in x_t",
+        "of it left, enlarged",
+        "fresh noise",
+        "together: root of the sum of squares",
+    ],
+    rows,
+)
 
 # %%
 curves = {}
@@ -270,8 +282,9 @@ figure(
 # Now a step in full. It needs the model, the noisy image, the time and the caption, and does seven things:
 #
 # 1. take the current noisy image $x_t$;
-# 2. turn the time $t$ into a vector (notebook 5), which goes into every block of the network;
-# 3. turn the caption into vectors, one a word, which the network's features ask questions to (notebook 8);
+# 2. turn the time $t$ into a vector (notebook 5), which goes into every residual block;
+# 3. turn the caption into vectors, one for each word, which the network's features look at by cross-attention
+#    (notebook 4; how the vectors are made is in notebook 8);
 # 4. run the network: the predicted noise $\varepsilon_\theta$;
 # 5. remove a scaled part of it;
 # 6. add fresh noise;
@@ -307,7 +320,8 @@ t, t_prev, step = next((t, p, step) for t, p, step in walk if t <= 600)
 figure(
     seven_parts(step, t, t_prev, model, caption),
     f"The step from t = {t} to {t_prev}, for “{caption}”. Numbers are scaled to be seen, as "
-    "noted. Last: the image that x_t and the predicted noise imply.",
+    "noted; in 2 and 3 orange is above 0, purple below, and the time's numbers are laid out in "
+    "rows. Last: the image that x_t and the predicted noise imply.",
 )
 
 # %%
@@ -335,9 +349,9 @@ assert close(step.x_prev, mu_theta(step.x_t, t, step.eps, sched, t_prev) + step.
 # The caption has the shape (1, 12, 64): one caption, room for 12 words (unused places are masked), 64 numbers each. The
 # noisy image is (8, 8, 48) because each patch of 4 x 4 pixels is one position; `model.decode` makes it 32 x 32 x 3.
 #
-# More noise is added (6) than is removed (5), and still $x_{t-1}$ has less of it. What is removed lies exactly along
-# the noise that is there, so the two subtract in full. Fresh noise is independent of the rest, so only the variances
-# add.
+# More noise is added (6) than is removed (5), and still $x_{t-1}$ has less of it. What is removed lies along the
+# noise that is there (as far as the network is right), so the two subtract in full. Fresh noise is independent of
+# the rest, so only the variances add.
 #
 # Press the button to go step by step. It draws what the figure above shows, for each step from noise to image.
 
@@ -371,7 +385,7 @@ foreseen = [
 ] + [last]
 figure(
     plotting.filmstrip(noisy, foreseen, [t for t, *_ in frames] + [0], caption),
-    "From noise to image in 25 steps. Above what is there, below what the network thinks it "
+    "Six moments of the 25 steps from noise to image. Above what is there, below what the network thinks it "
     "will be.",
 )
 
@@ -399,10 +413,11 @@ assert close(end.x_prev, walk[-1][2].x_prev, 1e-4)
 #
 # When is what decided? Draw 64 pictures in 50 steps and keep the image that is foreseen at each step. Two measurements:
 #
-# - Take these images apart into long, middle and short waves, as in notebook 1: how far is each part from the finished
-#   picture?
-# - Let the checker read them, as if they were finished: in how many are the colours, the places and the shapes those of
-#   the caption? (It reads a picture without seeing the caption, then compares.)
+# - Take these images apart into long, middle and short waves, as in notebook 1: how strong is the difference of
+#   each part from the finished picture? (Strength is squared amplitude, as there.)
+# - Let `shapes.judge`, the program of notebook 6 that reads pictures, look at them as if they were finished: in
+#   how many are the colours, the places and the shapes those of the caption? (It reads a picture without seeing
+#   the caption, then compares.)
 
 # %%
 settings = SampleConfig(sampler="ddpm", steps=50, guidance=1.0)
@@ -429,17 +444,27 @@ right = {told: [100 * r[name] for r in readings] for name, told in asked.items()
 figure(
     panels(
         {
-            "distance to the finished picture": {n: (number, y) for n, y in remaining.items()},
-            "what the checker reads": {n: (number, y) for n, y in right.items()},
+            "difference from the finished picture": {n: (number, y) for n, y in remaining.items()},
+            "what the program reads": {n: (number, y) for n, y in right.items()},
         },
-        "step, of 50", ["% of the finished picture", "% of the pictures right"],
+        "step, of 50", ["% of its strength", "% of the pictures right"],
         "What is decided at which step",
     ),
-    "Left: how far the foreseen image is from the finished picture, by waves. Right: in how "
-    "many pictures the checker finds what the caption asks for (the lines of colours and "
+    "Left: how strong the difference of the foreseen image from the finished picture is, by waves. Right: in how "
+    "many pictures the program finds what the caption asks for (the lines of colours and "
     "places lie nearly on each other). “All right” also asks for clear outlines and a clean "
-    "background.",
+    "background. Some pictures are read right on the way and not at the end.",
 )  # fmt: skip
+
+# %%
+best = int(np.argmax([r["all_right"] for r in readings]))
+then, now = (shapes.judge(foreseen[i], wanted) for i in (best, -1))
+lost = [i for i in range(len(wanted)) if then[i].all_right and not now[i].all_right]
+print(f"right at step {best + 1}, but not at the end: {len(lost)} of {len(wanted)}")
+for i in lost:
+    read = shapes.read_scenes(finished[[i]])[0]
+    found = " and ".join(f"a {o.size} {o.colour} {o.shape}" for o in read.objects)
+    print(f"  {wanted[i]}: {read.unclean or f'it reads {found}'}")
 
 # %%
 table(
@@ -482,8 +507,9 @@ figure(
 # \qquad s = \eta\,\sigma_t$$
 #
 # - $x_0$ is here the predicted image;
-# - $\eta$ (eta) from 0 to 1 says how much of the noise is replaced by fresh noise $z$. At $\eta = 0$ nothing is random
-#   but the start; at $\eta = 1$ this is DDPM with the small $\sigma_t$.
+# - $\eta$ (eta; no relation to the learning rate of notebook 2) from 0 to 1 says how much of the noise is
+#   replaced by fresh noise $z$. At $\eta = 0$ nothing is random but the start; at $\eta = 1$ this is DDPM with
+#   the small $\sigma_t$.
 
 # %%
 from minidiff.diffusion import ddim_coefficients, ddim_step
@@ -505,8 +531,9 @@ print("With eta = 1 and the same noises, DDIM takes DDPM's steps.")
 # %% [markdown]
 # ### How many steps?
 #
-# The same 64 captions and the same starting noise, drawn by both samplers in few and in many steps. The score is the
-# share of pictures that are right in everything the caption says.
+# The same 64 captions and the same starting noise, drawn by both samplers in few and in many steps. The score is
+# the share of pictures that are “all right”: everything that the caption says, with clear outlines and a clean
+# background.
 
 # %%
 captions = shapes.held_out_captions(64, seed=2)
@@ -535,16 +562,19 @@ figure(
         [f"{name}, {count} steps" for name in list(ways)[:2] for count in counts[::2]],
         columns=3,
     ),
-    f"“{captions[0]}”, always from the same starting noise.",
+    f"“{captions[0]}”, always from the same starting noise: DDIM in 3, 10 and 50 steps, and DDPM, "
+    "with fresh noise in between. One picture of each tells little; the table is about 64.",
 )
 
 # %% [markdown]
-# With 64 pictures the standard error of a share is up to $\sqrt{0.25/64} \approx 6$ percentage points, so look at the
-# large differences only. In three steps DDIM does best and the large deviation worst: fresh noise needs later steps
-# that take it away again. From ten steps on all are close, with DDPM a little ahead at every number of steps; each of
-# these differences alone is less than twice its standard error. A common explanation ([Karras et al.
-# 2022](https://arxiv.org/abs/2206.00364)): fresh noise covers up what earlier steps got wrong, so that later steps can
-# correct it. DDIM keeps to what its start suggests. All this is without guidance; notebook 8 turns it on.
+# The share in 64 pictures is not the share in very many. How far it is off typically is its **standard error**,
+# $\sqrt{p\,(1-p)/64}$ for a share $p$: at most $\sqrt{0.25/64} \approx 6$ percentage points. So look at the large
+# differences only. In three and in five steps DDIM does best, and in three the large deviation worst: fresh noise
+# needs later steps that take it away again. From ten steps on all are close, with DDPM a little ahead at every
+# number of steps; each of these differences alone is less than twice its standard error. A common explanation
+# ([Karras et al. 2022](https://arxiv.org/abs/2206.00364)): fresh noise covers up what earlier steps got wrong, so
+# that later steps can correct it. DDIM keeps to what its start suggests. All this is without guidance; notebook 8
+# turns it on.
 #
 # ### Same start, same picture?
 
@@ -568,7 +598,8 @@ figure(
         [f"{name}, no. {i + 1}" for name in list(ways)[:3] for i in range(4)],
         columns=4,
     ),
-    f"“{caption}” four times from one x_T, with four different fresh noises.",
+    f"“{caption}” four times from one x_T: by DDIM (eta = 0), which takes no fresh noise, and "
+    "with eta = 0.5 and 1, with four different fresh noises.",
 )
 table(
     ["", "how much the four differ (deviation of a pixel)"],
@@ -609,8 +640,8 @@ def finish(mu, sigma_t, z, t_prev):
 check.finish(finish)
 
 # %% [markdown]
-# **7.3** A step with a stride goes from $t$ to any $t_\text{prev} < t$. What is its $\beta$? `alpha_bar` is the
-# schedule's table, indexed by $t$.
+# **7.3** A step with a stride goes from $t$ to any $t_\text{prev} < t$. What is its $\beta$? (`Schedule.between`
+# has it; try to find it without looking.) `alpha_bar` is the schedule's table, indexed by $t$.
 
 
 # %%

@@ -12,8 +12,9 @@
 # - how the same network draws with and without a caption, and why that makes *guidance* possible;
 # - what guidance from 0 to 15 does to the pictures, and what it costs in diversity.
 #
-# You need notebooks 4 (attention), 5 (the U-Net) and 7 (the reverse process). The model is the small one that
-# comes with minidiff: it knows one or two objects in six colours, three shapes, two sizes and four relations.
+# You need notebooks 4 (attention), 5 (the U-Net) and 7 (the reverse process). The model is the one that comes
+# with minidiff, "the model in the box": it knows one or two objects in six colours, three shapes, two sizes and
+# four relations.
 
 # %%
 from course import begin, figure, source, table
@@ -39,8 +40,8 @@ figure(
     plotting.image_grid(pictures, columns=6, verdicts=verdicts),
     f"“{caption}”, drawn six times from six different noises. The caption settles what is "
     "there and how it lies, the noise settles the rest. Ticks and crosses are those of an "
-    "exact checker, which reads each picture without its caption and then compares: here "
-    "it minds a third object.",
+    "exact checker, which reads each picture without its caption and then compares: it "
+    f"finds {sum(verdicts)} of these {len(verdicts)} right.",
 )
 
 # %% [markdown]
@@ -70,10 +71,10 @@ print(mask.astype(int))
 #
 # ## Tokens to vectors
 #
-# Each of the $L$ tokens (rows of the array, $L = 12$ here) becomes a vector of $D$ numbers ($D = 64$). Two
-# tables, learned with everything else, are added: one holds a vector for each word of the vocabulary, the other
-# one for each place in the row. Without the second "red above blue" and "blue above red" would be the same bag of
-# words.
+# Each of the $L$ tokens of a caption (the places in a row of the array, $L = 12$ here) becomes a vector of $D$
+# numbers ($D = 64$). Two tables, learned with everything else, are added: one holds a vector for each word of the
+# vocabulary, the other one for each place in the row. Without the second, "red above blue" and "blue above red"
+# would be the same bag of words.
 
 # %%
 from minidiff.models.text import EncoderLayer, TextEncoder
@@ -134,10 +135,13 @@ place = [
     model.tokenizer.split(c).index("circle") + 1 for c in circles
 ]  # the start token is at 0
 encoded = tokens.data[range(len(circles)), place]
+alike = cosines(encoded)
 figure(
-    matrix(cosines(encoded), circles, "cosine"),
+    matrix(alike, circles, "cosine", low=float(alike.min())),
     "The vector of the one word “circle” after the text encoder, in four captions. Before "
-    "it, the first three were the same vector; now each carries what was said before it.",
+    "it, the first three were the same vector. They are still much alike, since all say "
+    f"“circle” (mind the scale, which begins at {alike.min():.2f}); but no two are equal: each "
+    "carries what was said before it.",
 )
 
 # %% [markdown]
@@ -146,7 +150,7 @@ figure(
 # In the U-Net the features of the image are the **queries** $Q$, and the tokens give the **keys** $K$ and
 # **values** $V$:
 #
-# $$\text{CrossAttention}(Q, K, V) = \text{softmax}\!\left(\frac{Q K^T}{\sqrt d}\right) V$$
+# $$\text{CrossAttention}(Q, K, V) = \text{softmax}\!\left(\frac{Q K^\top}{\sqrt d}\right) V$$
 #
 # Every position of the image asks "what should I look like?", and gets a mixture of what the words have to say.
 # The text does not tell the network what to draw; it narrows down what the noise can turn into.
@@ -185,8 +189,9 @@ weights.shape
 for layer, where in enumerate(["down", "bottom", "up, first", "up, last"]):
     figure(
         word_maps(picture, maps(weights[:, layer]), names, f"layer {layer} ({where})"),
-        "Weights of each token, mean over all steps: bright where it is looked at; the "
-        "percentages are its share."
+        "Weights of each token, mean over all steps, laid over the picture: bright where it is "
+        f"looked at. The percentages are its share, a mean over the {config.unet.heads[-1]} heads: "
+        f"{100 / config.unet.heads[-1]:.0f}% can be one head that looks at nothing else."
         if layer == 0
         else f"The same for layer {layer}.",
     )
@@ -196,7 +201,8 @@ for layer, where in enumerate(["down", "bottom", "up, first", "up, last"]):
 # they take from them is a statement about the whole picture, such as how the objects lie, and the start token
 # serves as a place to look when there is nothing to ask. In the last layer the maps are *places*: "circle" is
 # looked at where the circle is, "square" where the square is. The words that come last see all words before them,
-# so "circle" already carries "red", and the word "red" itself need not be looked at.
+# so "circle" already carries "red", and could stand for both. This network looks at "red" as often as at "circle"
+# all the same: nobody prescribed which word it should ask.
 #
 # While the picture is still noise, there is no circle to look from. Picture and maps find each other, step by
 # step:
@@ -213,13 +219,13 @@ for span, when in ((early, "first"), (middle, "middle"), (late, "last")):
 
 # %% [markdown]
 # In the first steps the maps are broad, and the words that name the objects get large shares: this is when the
-# text decides what goes where. Later their shares fall, and most positions look at the start token: what is left
-# to do is to sharpen edges, and the picture itself says where they are.
+# text decides what goes where. Later their shares fall, and about half of all looking goes to the start token:
+# what is left to do is to sharpen edges, and the picture itself says where they are.
 #
 # ## With and without a caption
 #
-# In training, one caption in ten is replaced by the empty one. So the same network learns two things: what images
-# look like given a caption, $\varepsilon_\text{cond}$, and what images look like at all,
+# In training, one caption in ten is replaced by the empty one. So the same network learns two things: to predict
+# the noise in images that go with a caption, $\varepsilon_\text{cond}$, and in images of any kind,
 # $\varepsilon_\text{uncond}$.
 
 # %%
@@ -265,8 +271,8 @@ right = [
 ]
 figure(
     plotting.guidance_sweep(swept, captions, scales, right),
-    "The same noise under rising guidance, with the checker's ticks and crosses. It also minds "
-    "frayed edges: a picture must be a clean drawing.",
+    "The same noise under rising guidance, with the checker's ticks and crosses. It minds frayed "
+    "edges, too, but allows for a little.",
 )
 
 # %% [markdown]
@@ -288,7 +294,7 @@ for w in scales:
     told = [f"{100 * score[k]:.0f}%" for k in ("colours", "relation", "all_right")]
     rows.append([w, *told, f"{spread['place'][-1]:.1f}", f"{spread['size'][-1]:.2f}"])
 table(
-    ["w", "colours", "relation", "all right", "spread of place (pixels)", "spread of radius"],
+    ["w", "colours", "relation", "all right", "spread of place (pixels)", "of radius (pixels)"],
     rows,
 )
 
@@ -316,8 +322,8 @@ figure(
 # %% [markdown]
 # That is the trade: **more guidance, more of the caption, less of everything that the caption leaves open.**
 # Colours and relation stay right up to 15, but the pictures come to resemble each other, and their edges and
-# colours suffer: the exaggerated noise prediction asks for images outside of what the network has seen. Large
-# models are typically run at 7 to 15; this one is at its best from 2.5 to 5.
+# colours suffer: the exaggerated noise prediction asks for images outside of what the network has seen. Stable
+# Diffusion is usually run at 7.5, newer models often lower; this one is at its best from 2.5 to 5.
 #
 # ## Exercises
 #
@@ -361,5 +367,5 @@ check.cost(with_guidance=..., without=...)
 #
 # The tokenizer is `minidiff/text/words.py`, the text encoder `minidiff/models/text.py`, guidance
 # `minidiff/diffusion.py`; `minidiff sample "a red circle above a blue square" --sample.guidance 5` draws with any
-# $w$. You have now seen every part of a text-to-image diffusion model. `make demo` trains this one in a few
-# minutes.
+# $w$. You have now seen every part of a text-to-image diffusion model. `make demo` trains a smaller one of the
+# same kind in a few minutes; [docs/box.md](../docs/box.md) tells how this one was made.

@@ -13,8 +13,8 @@
 # - why latents are multiplied by a *scaling factor* before diffusion sees them;
 # - what all this saves, counted, and what it costs.
 #
-# You need notebook 1 (the forward process), notebook 5 (residual blocks), notebook 6 (training) and notebook 7 (the way
-# back). No trained model is needed: what we need we train here.
+# You need notebook 1 (the forward process), notebook 5 (residual blocks), notebook 6 (training) and notebook 7
+# (the way back); for one table, notebook 8 (guidance). No trained model is needed: what we need we train here.
 
 # %%
 from course import begin, close, figure, photograph, source, table
@@ -52,8 +52,9 @@ print(
 
 # %% [markdown]
 # So most of what is stored is a repetition. Our own pictures are an extreme case. They are drawn from a list: for each
-# object its colour, its shape, where it is (two numbers), and its radius. Five entries an object. The picture made of
-# them has thousands of numbers.
+# object its colour, its shape, where it is (two numbers), and its radius. Five entries for each object. (The
+# `size` that is printed below is only the caption's word for the radius.) The picture made of them has thousands
+# of numbers.
 
 # %%
 scenes = shapes.draw_scenes(4, np.random.default_rng(5), "val")
@@ -83,6 +84,10 @@ from minidiff.models.vae import Encoder
 source(Encoder)
 
 # %% [markdown]
+# (*Moments* are the means and log-variances of the next section, and `quant_conv` is one more convolution of 1 x 1 that
+# makes them; `_through` applies one layer after the other; `hidden` tells the optimizer which weights are in the middle
+# of the network.)
+#
 # The decoder is the same backwards. We take a small one: 16 channels at full size, 32 at a half and at a quarter of it,
 # and $z$, what is in the middle, with 4 channels. Followed through every layer that changes the shape:
 
@@ -214,7 +219,8 @@ figure(
         ylim=(-0.2, 6.5),
     ),
     "What a number of z costs. Nothing only for mean 0 and standard deviation 1, where it says nothing. Being off costs "
-    "by the square; being sure costs by the logarithm: half as wide, 0.7 nats more.",
+    "by the square. Being sure costs by the logarithm: from a deviation of 1 to 0.5 it is 0.3 nats, and once a cloud is "
+    "narrow, every halving costs 0.7 more.",
 )
 
 # %% [markdown]
@@ -263,8 +269,9 @@ def learn(network, loss, steps, rate):
 
 
 # %% [markdown]
-# Every piece of `learn` is from notebook 6: clipping, the learning rate that rises and falls, the moving average. The
-# optimizer is Muon, as in the preset that was used there. Eight pictures a step:
+# Every piece of `learn` is from notebook 6: clipping, the learning rate that rises and falls, the moving average.
+# The optimizer is Muon, as in the preset that was used there: like AdamW it goes along an average of the
+# gradients, but makes all directions of a matrix about equally strong first. Eight pictures a step:
 
 # %%
 beta, since = 3e-4, time.perf_counter()
@@ -280,7 +287,7 @@ figure(
         "training step", ["mean squared error", "KL (nats a picture)"], "The two parts of the loss",
         logy=True,
     ),
-    "The two parts of the loss while the VAE learns. At first it pays to say more and more about the picture; later the same is said in fewer nats.",
+    "The two parts of the loss while the VAE learns. At first it pays to say more and more about the picture. Later the nats fall again while the error goes on falling: the network learns to say more with fewer.",
 )  # fmt: skip
 
 # %% [markdown]
@@ -332,8 +339,9 @@ table(
 # What goes wrong is at the edges, where a fraction of a pixel counts. The VAE is **lossy**: it keeps what it needs to
 # be nearly right. What it loses is lost for good, whatever diffusion does later. In photographs that would be fine
 # texture, which costs many nats and, in squared error, counts for little. So Stable Diffusion's VAE was taught with two
-# more parts in its loss: one compares features that another network finds in both pictures, and in one a critic tries
-# to tell them apart ([Rombach et al. 2022](https://arxiv.org/abs/2112.10752), section 3.1).
+# more parts in its loss: one compares features that another network finds in both pictures, and in the other a
+# *critic*, a network that is trained beside the VAE, tries to tell the picture that came back from the true one,
+# while the VAE tries to deceive it ([Rombach et al. 2022](https://arxiv.org/abs/2112.10752), section 3.1).
 #
 # ## The latents as pictures
 #
@@ -351,8 +359,8 @@ paid = by_position.kl().data.reshape(-1, 8, 8)
 assert close(paid.sum(axis=(1, 2)), posterior.kl().data, 1e-4)
 figure(
     maps(fresh[:3], {f"channel {c + 1}": mean[:3, ..., c] for c in range(4)}, paid[:3], "nats"),
-    "Three pictures, the four channels of their latents (means), and how many nats each position costs. The objects stay "
-    "where they are.",
+    "Three pictures, the four channels of their latents (means; left bar), and how many nats each position costs (right "
+    "bar; the few above its arrow have its last colour). The objects stay where they are.",
 )
 
 # %%
@@ -365,14 +373,16 @@ total = paid.sum(axis=(1, 2)).mean()
 print(f"{total:.0f} nats a picture: that is at most {total / np.log(2) / 8:.0f} bytes")
 
 # %% [markdown]
-# Most is said where there is something to say. But no channel is "the colour" or "the shape": the encoder was never
-# asked for a description that we understand, only for one that the decoder does.
+# A position says more where there is something to say. But an empty one is not free: its means lie off 0, and its
+# clouds are narrow, so that the decoder can be sure that nothing is there. And no channel is "the colour" or "the
+# shape": the encoder was never asked for a description that we understand, only for one that the decoder does.
 #
 # ## More or less KL
 #
-# From the trained VAE we go on for a few steps: with a weight $\beta$ that is a hundred times smaller, with the same,
-# with one that is a hundred and one that is three thousand times larger. What changes? And what does the decoder make
-# of a $z$ that is drawn from the prior, $\mathcal{N}(0, 1)$, as if no picture had been seen?
+# From the trained VAE we go on for a few steps: with a weight $\beta$ that is a hundred times smaller, with the
+# same, with one that is a hundred times larger, and with one that is three thousand times larger. What changes?
+# And what does the decoder make of a $z$ that is drawn from the prior, $\mathcal{N}(0, 1)$, as if no picture had
+# been seen?
 
 # %%
 trained = {name: array.copy() for name, array in vae.state().items()}
@@ -461,9 +471,10 @@ figure(
 #
 # Diffusion mixes with noise: $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\varepsilon$. This silently
 # assumes that $x_0$ has about the variance of $\varepsilon$, that is 1. Then $x_t$ has the variance
-# $\bar\alpha_t + (1-\bar\alpha_t) = 1$ at every time, and $\bar\alpha_t$ *is* the share that is still picture. If $x_0$ has the variance
-# $V$, the share is another: the true signal-to-noise ratio is $V\,\bar\alpha_t/(1-\bar\alpha_t)$, and the schedule that
-# was chosen with care is no longer the schedule that is in force.
+# $\bar\alpha_t + (1-\bar\alpha_t) = 1$ at every time, and $\bar\alpha_t$ *is* the share that is still picture. If
+# $x_0$ has the variance $V$, the share is another: the true signal-to-noise ratio is
+# $V\,\bar\alpha_t/(1-\bar\alpha_t)$, and the schedule that was chosen with care is no longer the schedule that is
+# in force.
 #
 # The VAE makes no such promise. What is the variance of its latents?
 
@@ -558,8 +569,8 @@ figure(
 #
 # - **pixels**: 32 x 32 x 3;
 # - **latents**: 8 x 8 x 4;
-# - **patches**: what the model in the box does instead of a VAE. Each square of 4 x 4 pixels becomes one position with
-#   48 channels.
+# - **patches**: what the model that comes with minidiff ("the model in the box") does instead of a VAE. Each
+#   square of 4 x 4 pixels becomes one position with 48 channels.
 
 # %%
 source(space_to_depth, depth_to_space)
@@ -671,20 +682,23 @@ figure(
 
 # %% [markdown]
 # An eighth of the height and of the width is a 64th of the positions: so much is saved in convolutions and linear
-# layers. Self-attention compares every position with every other, and saves the square of that. (One would never put
-# attention at full size; a U-Net on pixels would be built otherwise. But the 64 in the convolutions remain.)
+# layers. Self-attention compares every position with every other, and saves the square of that, 4,096 times. (The
+# table has a little less, because the attention to the 77 tokens of the caption is counted with it, and saves
+# only 64. One would never put attention at full size; a U-Net on pixels would be built otherwise. But the 64 in
+# the convolutions remain.)
 #
 # The price is the decoder, once for each picture:
 
 # %%
 step = sum(of_latents.values())
-calls = 2 * 50  # 50 steps with guidance, which calls the network twice (notebook 8)
+calls = 2 * 50  # 50 steps with guidance: two predictions each (notebook 8)
 rows = [
-    ["the U-Net, one call", step], [f"the U-Net, {calls} calls", calls * step],
+    ["the U-Net, one prediction", step],
+    [f"the U-Net, 50 steps with guidance ({calls} predictions)", calls * step],
     ["the decoder, once", sum(of_decoder.values())], ["the encoder, once (only to train)", sum(of_encoder.values())],
 ]  # fmt: skip
 table(
-    ["", "10⁹ multiply-adds", "in calls of the U-Net"],
+    ["", "10⁹ multiply-adds", "in predictions of the U-Net"],
     [[name, f"{n / 1e9:,.0f}", f"{n / step:.1f}"] for name, n in rows],
 )
 
@@ -746,7 +760,7 @@ figure(
 )
 read = shapes.read_scenes(drawn["latents"])
 print(f"of {len(read)} pictures drawn on latents, {sum(len(r.objects) == 1 for r in read)} show one object, "
-      f"{sum(r.unclean is None for r in read)} of them so cleanly that the checker has nothing to object")  # fmt: skip
+      f"{sum(len(r.objects) == 1 and r.unclean is None for r in read)} of them so cleanly that the checker has nothing to object")  # fmt: skip
 
 # %% [markdown]
 # Be fair to both. On latents, most pictures show one object with firm edges on an even background: the composition is

@@ -78,6 +78,7 @@ __global__ void silu(const float* x, float* y, int n) {
 #   already.
 # - `const float* x` is the address of an array's first number, `x[i]` the number $i$ places further. A `float` has 4
 #   bytes. `const`: this kernel does not write there.
+# - `int` is a whole number of 4 bytes. Behind `//` stands a comment.
 # - `threadIdx.x` is the thread's number within its block, `blockIdx.x` the block's number in the grid, `blockDim.x`
 #   the number of threads in a block. So `i` counts all threads of the grid. (There is a `.y` and a `.z` as well, for
 #   blocks that are thought of as squares or cubes.)
@@ -118,8 +119,9 @@ if emulator_here():
     figure(
         first.traffic.picture(),
         "The first warp's load. A square is a float of global memory, the number in it the "
-        "thread that reads it; thick lines separate sectors. Neighbouring threads read "
-        "neighbouring floats, and 4 sectors bring all 32.",
+        "thread that reads it; thick lines separate sectors, and a row is a line of 4 sectors. "
+        "Below stands how many sectors had to move, and how few would do. Neighbouring threads "
+        "read neighbouring floats, and 4 sectors bring all 32.",
     )
 
 # %% [markdown]
@@ -257,7 +259,7 @@ if emulator_here():
     figure(
         block.traffic.picture(),
         "The same load by one block a group: a warp takes 4 positions of 8 channels, 4 whole "
-        "sectors. The rows in between belong to other groups.",
+        "sectors. The empty squares are of other groups, and so are the lines that are left out.",
     )
     ways["one block a group"] = block.traffic
     table(HEADER, [in_numbers(name, traffic) for name, traffic in ways.items()])
@@ -304,9 +306,9 @@ if emulator_here():
 # ## Sums within a warp
 #
 # The threads of a warp can do without shared memory: by a **shuffle** they read each other's registers. In the first
-# step every thread exchanges sums with the one 16 places away, then 8, 4, 2 and 1; lane is the word for a thread's
-# number in its warp. After each step a lane's sum has the numbers of twice as many, and in the end all lanes hold the
-# total. With 8 lanes:
+# step every thread exchanges sums with the one 16 places away, then 8, 4, 2 and 1; **lane** is the word for a
+# thread's number in its warp. After each step a lane's sum has the numbers of twice as many, and in the end all
+# lanes hold the total. With 8 lanes:
 
 # %%
 figure(
@@ -424,9 +426,11 @@ if emulator_here():
 # %% [markdown]
 # The first two and the last are our kernels, in general form. The two between are for groups that are too large to
 # stay on the chip. There several blocks share an image (*split*): one kernel finds the sums of parts, one joins them,
-# one applies them. And they take so few images at a time that the second reading still finds them in the L2 cache,
-# which all multiprocessors share (*cached*). The emulator has no caches, so the two look alike to it. A group of
-# 65,536 numbers does not fit, and the last rung hands on to them:
+# one applies them. The second of the two also takes so few images at a time that its second reading still finds
+# them in the L2 cache, which all multiprocessors share (*cached*). The emulator has no caches, so the two look
+# alike to it. (What is above the 8, 12 or 16 bytes of reading $x$ once, twice or three times and writing $y$ is
+# what each way looks up or hands on besides: $\gamma$ and $\beta$, and the sums of parts. In so small an array
+# that is much.) A group of 65,536 numbers does not fit, and the last rung hands on to them:
 
 # %%
 if emulator_here():
@@ -476,9 +480,11 @@ table(["numbers of a group", "shared memory (KiB)", "blocks at a time", "occupan
 #
 # $$y_{ij} = \sum_{k=1}^{K} x_{ik}\,W_{kj}$$
 #
-# with $x$ $(M, K)$, $W$ $(K, N)$ and $y$ $(M, N)$. Here arithmetic is plenty: $M N K$ multiplications and additions,
-# for $M K + K N$ numbers read. If every thread computes one $y_{ij}$ by itself, each of these numbers is read again
-# and again. The first two rungs do that, and differ in one line, which thread computes what:
+# with $x$ $(M, K)$, $W$ $(K, N)$ and $y$ $(M, N)$. (In this section the letters are the usual ones of matrices:
+# $N$ is no longer the positions, nor is $C$ below the channels.) Here arithmetic is plenty: $M N K$
+# multiplications and additions, for $M K + K N$ numbers read. If every thread computes one $y_{ij}$ by itself,
+# each of these numbers is read again and again. The first two rungs do that, and differ in one line, which thread
+# computes what:
 
 # %%
 cu_source("linear.cu", "one_output", "naive", "coalesced")
@@ -509,8 +515,8 @@ if emulator_here():
 #
 # The remedy for reading again and again is a **tile**. A block computes a square of $y$. For that it needs some rows
 # of $x$ and some columns of $W$; it loads a strip of both into shared memory, and every number there serves a whole
-# row or column of the tile. With tiles of $R$ rows and $C$ columns, $R + C$ numbers are loaded for $R\,C$
-# multiplications.
+# row or column of the tile. With tiles of $R$ rows and $C$ columns, only $R + C$ numbers are loaded for every
+# $k$, for $R\,C$ multiplications.
 
 # %%
 figure(
@@ -582,7 +588,7 @@ if emulator_here():
         traffic.picture(shared=True, code="ldmatrix("),
         "One load of the last rung. Each thread reads a chunk of 16 bytes: threads 0 to 15 "
         "chunk 0 of their rows, the others chunk 1. Eight are served at a time: look for 0 to "
-        "7, and you find each bank once.",
+        "7, and you find each bank once. So four passes serve all 32.",
     )
 
 
@@ -592,9 +598,12 @@ def busiest_bank(place):
     return np.bincount(np.array(words) % 32).max()
 
 
-print("passes, chunks where they are:", busiest_bank(lambda row, chunk: 4 * row + chunk))
 print(
-    "passes, chunks swizzled:      ",
+    "passes for 8 threads, chunks where they are:",
+    busiest_bank(lambda row, chunk: 4 * row + chunk),
+)
+print(
+    "passes for 8 threads, chunks swizzled:      ",
     busiest_bank(lambda row, chunk: 4 * row + (chunk ^ row // 2 % 4)),
 )
 
@@ -604,8 +613,9 @@ print(
 # A **tensor core** multiplies small matrices in one instruction: here 16 × 16 by 16 × 8, of factors in bf16, with
 # sums in full precision. `ldmatrix`, drawn above, loads such matrices from shared memory. The 32 threads of a warp
 # hold the matrices together, each a few elements, in registers. Which ones, the instruction prescribes ([PTX ISA,
-# matrix fragments for mma.m16n8k16](https://docs.nvidia.com/cuda/parallel-thread-execution/)): with $g$ the lane's
-# number over 4 and $t$ what remains, it is elements in the rows $g$ and $g + 8$, or in columns for $b$:
+# matrix fragments for mma.m16n8k16](https://docs.nvidia.com/cuda/parallel-thread-execution/)): with $g$ the
+# lane's number divided by 4 without remainder, and $t$ the remainder, a lane's elements of $a$ and of the result
+# are in the rows $g$ and $g + 8$, and those of $b$ in the column $g$; $t$ says where along the other side:
 
 # %%
 ONE_PRODUCT = r"""
@@ -675,7 +685,11 @@ if emulator_here():
         moved[f"{rung} {name}"] = traffic.bytes() / 1e3
         times = f"{traffic.bytes() / least:.1f}"
         rows.append([rung, name, change, times, f"{shared:,}", f"{error:.0e}"])
-    counts = ["global bytes, times the least", "passes over the banks", "largest error"]
+    counts = [
+        "global bytes, times the least",
+        "passes over the banks",
+        "largest error (of the largest number)",
+    ]
     table(["rung", "name", "its idea", *counts], rows)
     figure(
         plotting.bars(
@@ -683,19 +697,20 @@ if emulator_here():
             "kilobytes of global memory (logarithmic)",
             ceiling=("each number once", least / 1e3), log=True,
         ),
-        f"A product of ({M}, {K}) and ({K}, {N_out}) on every rung. A step to the right is a "
-        "factor of ten.",
+        f"A product of ({M}, {K}) and ({K}, {N_out}) on every rung. From one labelled line to the "
+        "next is a factor of ten; the bars do not begin at 0, so compare their ends.",
     )  # fmt: skip
 
 # %% [markdown]
-# From the second rung to the third the traffic falls by an order of magnitude: that is the tile. Larger matrices
-# allow larger tiles, and would show more. From the fourth rung on it is nearly the same, and still each rung is there
-# for a reason: they differ in what they wait for, which only a clock shows. The tensor cores' factors are rounded
-# (*tf32* keeps 10 digits after the binary point, *bf16* 7), so their errors are larger.
+# (*K may be split*: where there are too few tiles to fill the chip, several blocks take parts of the sum over
+# $k$.) From the second rung to the third the traffic falls by an order of magnitude: that is the tile. Larger
+# matrices allow larger tiles, and would show more. From the fourth rung on it is nearly the same, and still each
+# rung is there for a reason: they differ in what they wait for, which only a clock shows. The tensor cores'
+# factors are rounded (*tf32* keeps 10 digits after the binary point, *bf16* 7), so their errors are larger.
 #
 # ## Attention
 #
-# Attention is two products with a softmax between them, $\operatorname{softmax}(Q K^T/\sqrt d)\,V$. The naive kernels
+# Attention is two products with a softmax between them, $\operatorname{softmax}(Q K^\top/\sqrt d)\,V$. The naive kernels
 # write the scores, $L_q \times L_k$ of them, into global memory, and read them back for the softmax and once more for
 # the second product. The online softmax of notebook 4 needs none of that: for each query the running $m$, $l$ and
 # $o$ are enough, the largest score so far, the sum of the weights and the weighted sum of the values, and they fit
@@ -772,14 +787,15 @@ if emulator_here():
     )  # fmt: skip
 
 # %% [markdown]
-# All of them grow with the square of $L$ once there are several blocks, for every block reads all keys and values
-# again. But a block of 64 queries reads them once for all 64, and scores never leave the chip. *flash* gives a block
-# 8 queries, *registers* 64; *pipelined* takes more, and rounds keys and values to bf16 beforehand, an extra that pays
-# with length. The naive kernels read a query and a key again for every single score.
+# The kernels (all lines but *each number once*, the least) come to grow with the square of $L$: every block reads
+# all keys and values again, which shows once there are several blocks. But a block of 64 queries reads them once
+# for all 64, and scores never leave the chip. *flash* gives a block 8 queries, *registers* 64; *pipelined* takes
+# more, and rounds keys and values to bf16 beforehand, an extra that pays with length. The naive kernels read a
+# query and a key again for every single score, and grow so from the start.
 #
 # ## On a GPU
 #
-# Counts are not times. What GPUs have measured with these kernels, where one has:
+# Counts are not times. What was measured on GPUs with these kernels, if anything was:
 
 # %%
 ops_measured = ("group_norm_forward", "linear_forward", "attention_forward")

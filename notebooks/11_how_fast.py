@@ -16,10 +16,11 @@
 # - why joining two operations into one saves time, and how much;
 # - where the time of a whole training step goes, and how it compares with PyTorch, where we lose too.
 #
-# You need notebook 3 (convolution, and Winograd's idea), notebook 4 (GroupNorm and attention) and notebook 6 (AdamW).
+# You need notebook 3 (convolution, and Winograd's idea), notebook 4 (GroupNorm and attention), notebook 5 (the
+# U-Net) and notebook 6 (AdamW).
 #
-# All times are those of the computer on which the notebook ran. Yours will be others. The text therefore names none; the
-# tables and pictures do.
+# All times are those of the computer on which the notebook ran, except in *The rivals*, whose tables name theirs.
+# Yours will be others. The text therefore names none; the tables and pictures do.
 
 # %%
 from course import ROOT, begin, figure, source, table
@@ -95,17 +96,20 @@ loop = (ROOT / "csrc" / "cpu" / "table.cpp").read_text()
 print(re.search(r"// Multiply-adds.*?\n}\n", loop, re.S).group())
 
 # %% [markdown]
-# `vf` is a vector of `VL` numbers, `T` the number of threads. A multiply-add takes a few ticks of the core's clock until its
-# result is there, but the next can begin right behind it. One chain of them, each waiting for the one before, would leave the
-# core idle most of the time; twelve chains keep it busy. (The last lines keep the compiler from leaving out a sum that nobody
-# reads.)
+# `vf` is a vector of `VL` numbers, `all(x)` one with `x` in every place; `T` is the number of threads, and
+# `UNROLL` writes a loop out in full. A multiply-add takes a few ticks of the core's clock until its result is
+# there, but the next can begin right behind it. One chain of them, each waiting for the one before, would leave
+# the core idle most of the time; twelve chains keep it busy. (The last lines keep the compiler from leaving out a
+# sum that nobody reads.)
 
 # %%
 source(common.multiply_add_ceiling)
 
 # %% [markdown]
-# The kernels are compiled once for each instruction set, from the same source, so we can see what the width of a vector is
-# worth:
+# The kernels are compiled once for each *instruction set*, the instructions that a kind of processor knows, from
+# the same source: `avx512` and `avx2` are those of newer PC processors; `portable` takes only what every one of
+# them has, and there the multiply-add is two instructions. So we can see what wide vectors, and the multiply-add,
+# are worth:
 
 # %%
 best = {}
@@ -147,7 +151,7 @@ for size in sizes:
 figure(
     copies(sizes, rates),
     "The same copy, of more and more bytes. Where it steps down, the two arrays no longer fit into a cache; far right "
-    "is the main memory. (Far left the call itself, some tenths of a microsecond, weighs on the short copies.)",
+    "is the main memory. (It may rise again for the largest: the system can copy large arrays in another way. Far left the call itself, some tenths of a microsecond, weighs on the short copies.)",
 )  # fmt: skip
 
 # %% [markdown]
@@ -191,7 +195,8 @@ table(
 #
 # $$T \ \ge\ \max\!\left(\frac{F}{P},\ \frac{Q}{B}\right)$$
 #
-# - $P$ is the arithmetic ceiling in operations a second, $B$ the memory ceiling in bytes a second;
+# - $T$ is the time that the operation takes, $P$ the arithmetic ceiling in operations a second, $B$ the memory
+#   ceiling in bytes a second;
 # - for $Q$ we count the least that can be: every input read once, every result written once.
 #
 # Divide $F$ by the floor, and you have the highest *speed* that the operation can reach. With its **operational intensity**
@@ -201,8 +206,10 @@ table(
 # $$\text{speed} \ \le\ \min(P,\ I \cdot B)$$
 #
 # Drawn against $I$ this looks like a roof: it rises while memory is the limit, and is flat where arithmetic is. Under the
-# slope an operation is **memory-bound**: only fewer bytes make it faster. Under the flat part it is **compute-bound**: only
-# better or less arithmetic does. The two meet at $I = P / B$.
+# slope an operation is **memory-bound**: only fewer bytes make it faster. Under the flat part it is
+# **compute-bound**: only better or less arithmetic does. The two meet at $I = P / B$. (So it is for kernels that
+# are near the roof. Under the slope, too, arithmetic can be what holds a kernel up, if it is slower than $P$: $P$
+# is the speed of multiply-adds, and exponentials run far below it.)
 #
 # By hand, for GroupNorm + SiLU on $n$ numbers: it reads $n$ and writes $n$ numbers of 4 bytes, so $Q = 8n$. For each number it
 # takes off a mean, squares, adds up, scales, shifts, and computes an exponential and a quotient for the SiLU. Counting the
@@ -219,9 +226,14 @@ source(bench_conv2d.work, bench_groupnorm.work, bench_adamw.work)
 source(bench_linear.work, bench_attention.work)
 
 # %% [markdown]
-# `what` is the pass: forward alone, or forward and backward together. We look at the forward pass of five operations, the
-# convolution in three shapes. A shape such as "32x 32x32, 64 -> 64" is a batch of 32 images of 32 × 32 positions, from 64 to
-# 64 channels. "32x 256 to 16, 4 x 32" is attention from 256 positions to 16 words, in 4 heads of 32 channels.
+# `what` is the pass: forward alone, or forward and backward together. In the shapes, `B` is the number of images
+# (not the bandwidth), `H` and `W` are the picture's height and width, `C` and `N` the channels in and out, `k` is
+# the kernel's side and `s` the stride; a linear layer takes `M` rows of `K` numbers to `N`; attention has `h`
+# heads of `d` channels, `L` queries and `M` keys. (A `gate` is that of GEGLU, an activation: half of a layer's
+# outputs, through a nonlinearity, multiply the other half.) We look at the forward pass of five operations (the
+# optimizer has only its `step`), the convolution in three shapes. A shape such as "32x 32x32, 64 -> 64" is a
+# batch of 32 images of 32 × 32 positions, from 64 to 64 channels. "8192, 128 -> 128" are 8192 rows, from 128 to
+# 128 numbers. "32x 256 to 16, 4 x 32" is attention from 256 positions to 16 words, in 4 heads of 32 channels.
 
 # %%
 chosen = {
@@ -297,8 +309,8 @@ table(
 # %% [markdown]
 # It raises nothing, it returns the right shape, and it is fast. Only the comparison shows that it computes something else. So
 # the rule is: **no time without a check in the same run.** We compare with the reference in double precision, *float64*, whose
-# rounding errors are hundreds of millions of times smaller than those of the single precision that we time. The error is the root of the
-# mean square of the differences over that of the exact result:
+# rounding errors are hundreds of millions of times smaller than those of the single precision that we time. The
+# error is the root of the mean square of the differences over that of the exact result:
 
 # %%
 source(relative_errors)
@@ -334,8 +346,7 @@ table(["operation", f"error, kernels “{fastest}”", "error, NumPy in single p
 # %% [markdown]
 # ### Why a single timing lies
 #
-# Time the same call a few hundred times, and look at each timing. It is GroupNorm + SiLU, on an array of which we know that
-# nobody has touched it lately:
+# Time the same call a few hundred times, and look at each timing. It is GroupNorm + SiLU, on a new array:
 
 # %%
 from minidiff.threads import release_memory
@@ -354,7 +365,8 @@ release_memory()  # what the library had kept for later results goes back to the
 singles = np.array([timed(norm_silu) for _ in range(300)])
 figure(
     timings(1e3 * singles),
-    "One call, timed 300 times in a row. The computer does other things too, and each of them holds up some of the calls.",
+    "One call, timed 300 times in a row. A point far above its neighbours is a call that something else held up. Where a "
+    "whole stretch lies higher or lower, the machine itself was slower or faster for a while.",
 )
 later = singles[1:]
 table(
@@ -364,9 +376,9 @@ table(
 )  # fmt: skip
 
 # %% [markdown]
-# - The **first** call has more to do than the others: it asks the system for the memory of its result, finds little in the
-#   caches, and may have to wake up sleeping threads. None of that is the operation. (On a busy machine it can drown in the
-#   noise of the others.) So each call is **warmed up**: made once or twice before the clock counts.
+# - The **first** call has more to do than the others: it asks the system for the memory of its result, and may
+#   have to wake up sleeping threads. None of that is the operation. (On a busy machine it can drown in the noise
+#   of the others.) So each call is **warmed up**: made once or twice before the clock counts.
 # - The others scatter. Sort them: the one in the middle is the **median**; half of all lie between the **quartiles**, at a
 #   quarter and at three quarters of the row. The median is not moved by a few calls that were held up, as the mean is, and it
 #   is not the luckiest moment, as the minimum is. The quartiles say how far to trust it.
@@ -387,7 +399,8 @@ table(
 )  # fmt: skip
 
 # %% [markdown]
-# Every "speed-up" within these limits is nothing at all, the function against itself.
+# All of these "speed-ups" are nothing at all: the function against itself. One that is claimed and lies within
+# such limits cannot be told from nothing.
 #
 # ### Take rivals in turns
 #
@@ -547,8 +560,10 @@ figure(
 )  # fmt: skip
 
 # %% [markdown]
-# How to read it. The **share of the floor**, floor over time, is how much of the machine a kernel uses: 1 would be all of it.
-# What is far under the roof can be improved; what is at the roof cannot, unless one changes what is counted.
+# How to read it. The **share of the floor**, floor over time, is how much of the machine a kernel uses: 1 would
+# be all of it. (Only what was counted counts: for attention and linear layers that is the products alone, without
+# the softmax.) What is far under the roof can be improved; what is at the roof cannot, unless one changes what is
+# counted.
 #
 # Some points may stand *above* the roof. There are two good reasons for it:
 #
@@ -559,8 +574,10 @@ figure(
 #
 # And the way from NumPy to the kernel has three parts, of different length for each operation. NumPy makes a pass over memory
 # for each `+` and `*`, which costs bytes (we shall count them below). It uses one core for everything but products of matrices.
-# And it builds arrays that are not needed, such as the columns of im2col, nine times as large as the image. Where an operation *is* a product of matrices, as a linear layer is, BLAS does it for NumPy,
-# and the way is short; it can even lead backwards.
+# And it builds arrays that are not needed, such as the columns of im2col, nine times as large as the image. Where
+# most of an operation is a product of matrices, as in a linear layer, or in a convolution once im2col has written
+# its columns, BLAS does it for NumPy, and the way is short; it can even lead backwards. (The convolution with 64
+# channels has a long way all the same: its kernel does less arithmetic, see the next section.)
 #
 # ## Above the roof: fewer multiplications
 #
@@ -622,8 +639,10 @@ else:
 # %% [markdown]
 # So the roof is no law of nature for a *task*, but for an *algorithm*. A ceiling that is reached is a reason to look for
 # another way to the same result. The price is in the last two columns. The sums before and after the products (the transforms)
-# take time too, so the saving in time is less than in multiplications. And the larger tiles of F(4×4) add and subtract
-# numbers of very different size, which costs a little of the precision.
+# take time too, so the saving in time is less than in multiplications. And the larger tiles of F(4×4) add and
+# subtract numbers of very different size, which costs a little of the precision. (F(2×2) can even be more exact
+# than the direct sum, because far fewer products are added up one after the other. F is here a part of the name,
+# not a number of operations.)
 #
 # ## Fewer bytes: fusing
 #
@@ -667,8 +686,8 @@ print(f"NumPy took {1e3 * took:.1f} ms for both, a few cells above.")
 # %% [markdown]
 # Each `-`, `*`, `/` and `exp` is a **pass**: it reads whole arrays and writes a whole array, which the next pass reads again.
 # (Some of it is caught by the caches, so that NumPy can be faster than the last column; and it works on one core, so that it
-# can be slower.) A kernel that does all of it at once reads $x$, and writes $y$. That is called **fusing**: the results in between stay in
-# registers or in a cache.
+# can be slower.) A kernel that does all of it at once reads $x$, and writes $y$. That is called **fusing**: the
+# results in between stay in registers or in a cache.
 #
 # The compiled kernels offer both, so we can predict and measure what fusing alone is worth. GroupNorm and then SiLU, each a
 # compiled kernel: the norm reads $x$ and writes $z$, the SiLU reads $z$ and writes $y$, that is 16 bytes a number. Both in one: 8
@@ -713,11 +732,13 @@ figure(
 )
 
 # %% [markdown]
-# If bytes were all, the norm alone would take as long as both in one, for it moves the same: what lies between these two
-# columns is the arithmetic of the SiLU, most of all its exponentials. It is the same in one pass and in two, and draws the
-# ratio towards 1; so does a cache that holds the arrays, because the second pass then reads at the cache's speed. Where the
-# measured line lies above the prediction, the second pass costs more than its bytes, such as fresh memory for its result. The
-# prediction from bytes is good where bytes are the limit, and only there; that is why we measure after we have counted.
+# Where the measured line stays far below 2, memory is not all that holds these kernels up, although they stand
+# under the slope. If bytes were all, the norm alone would take as long as both in one, for it moves the same:
+# what lies between these two columns is the arithmetic of the SiLU, most of all its exponentials. It is the same
+# in one pass and in two, and draws the ratio towards 1; so does a cache that holds the arrays, because the second
+# pass then reads at the cache's speed. Where the measured line lies above the prediction, the second pass costs
+# more than its bytes, such as fresh memory for its result. The prediction from bytes is good where bytes are the
+# limit, and only there; that is why we measure after we have counted.
 #
 # The library fuses wherever two operations always meet: SiLU into GroupNorm, bias, timestep and residual into the convolution
 # before them, activations into linear layers, the moving average of the weights into AdamW, guidance into the reverse step.
@@ -778,7 +799,9 @@ print(
 )
 
 # %% [markdown]
-# (A gradient that is next to zero counts as at least $10^{-4}$ of the largest: its relative error would be noise over noise.)
+# (A gradient that is next to zero counts as at least $10^{-4}$ of the largest: its relative error would be noise
+# over noise. These errors are larger than those of one operation, because the rounding of every layer, forward
+# and backward, goes into them; they are still far below the limit.)
 #
 # Now the time. Every kernel is wrapped in a clock, and its seconds go to the kind of work that its name speaks of. What no kernel
 # has taken is Python's, and small NumPy operations. The compiled kernels are
@@ -814,7 +837,8 @@ parts = {
 }
 figure(
     plotting.stacked_shares(parts, "milliseconds"),
-    "A training step on 2 images, by kind of work. With more images all parts grow but the optimizer's.",
+    "A training step on 2 images, by kind of work. (With more images the arithmetic grows; the optimizer's part does "
+    "not, and most of Python's does not either.)",
 )
 rows = []
 for kind in [*KINDS, OTHER]:
@@ -847,7 +871,8 @@ table(["part", "at most so many times as fast"], [[kind, f"{gain:.2f}"] for gain
 # How good is it beside the best there is? [PyTorch](https://pytorch.org) calls on kernels that many people have worked on for
 # years. It is not needed to run this notebook, so we do not measure here. We read what `make bench` measured, with all the rules
 # from above: both sides in one run, results checked against float64 first, the same number of threads, in turns, the median.
-# PyTorch is taken at its best: *eager* (each operation called as it comes) in both memory layouts for images, or *compiled*
+# PyTorch is taken at its best: *eager* (each operation called as it comes) in both memory layouts for images
+# (*contiguous*: one channel after the other, (B, C, H, W); *channels last*: (B, H, W, C), as ours), or *compiled*
 # (`torch.compile`, which fuses operations by itself), whichever is faster for the shape.
 
 
@@ -897,12 +922,14 @@ rows = [
 table(header, rows)
 
 # %% [markdown]
-# The last column names every shape in which minidiff loses, with the factor. The roofline helps to read the rest. Where an
-# operation is memory-bound and both sides fuse, neither can be far ahead: the bytes are the same, and so is the memory.
-# Where it is compute-bound, an algorithm with less arithmetic makes a difference, and a shape to which it does not apply is
-# where to look for losses. Take the extremes apart, the six worst and the three best. An outlier in one's own favour deserves
-# as much suspicion as a loss: it is more likely that the rival stumbles over a shape than that we fly. Look at the quartiles,
-# in brackets: where those of one side lie far apart, its median says little, and so does the ratio.
+# The last column names every shape in which minidiff loses, with PyTorch's time over ours; `NumPy / ours` and
+# `floor / time` are medians. The roofline helps to read the rest. Where an operation is memory-bound and both
+# sides fuse, neither can be far ahead: the bytes are the same, and so is the memory. Where it is compute-bound,
+# an algorithm with less arithmetic makes a difference, and a shape to which it does not apply is where to look
+# for losses. Take the extremes apart, the six worst and the three best. An outlier in one's own favour deserves
+# as much suspicion as a loss: it is more likely that the rival stumbles over a shape than that we fly. Look at
+# the quartiles, in brackets: where those of one side lie far apart, its median says little, and so does the
+# ratio.
 
 # %%
 ordered = sorted(
@@ -920,7 +947,9 @@ table(
 
 # %% [markdown]
 # And whole networks, from the same command: a conditional U-Net, the one of the DDPM paper, Stable Diffusion's, and the demo's in
-# sampling. `forward` and `step` are as above.
+# sampling. `forward` is one call of the network, `step` a whole training step (forward, backward, optimizer), on
+# 32 images for the conditional U-Net, 16 for the DDPM paper's and one for Stable Diffusion's; `sampling` draws 64
+# pictures in 50 steps of DDIM with guidance.
 
 # %%
 whole = committed("unet")

@@ -2,8 +2,9 @@
 # # 12. Train on real images
 #
 # The shapes of the last notebooks were drawn as they were needed: endless, exact, and alike. Photographs are
-# different in all three. There are only so many, each is a file that somebody made in some program, and no formula says what is on it. This
-# notebook goes the whole way from files to drawn pictures, and looks at what two hours on two CPU cores give.
+# different in all three. There are only so many, each is a file that somebody made in some program, and no
+# formula says what is on it. This notebook goes the whole way from files to drawn pictures, and looks at what two
+# hours on two CPU cores give.
 #
 # **What you will learn**
 #
@@ -67,8 +68,8 @@ figure(
 
 # %% [markdown]
 # Reading images is a subject of its own, and we leave it to a library, Pillow. What it leaves open is decided here: take
-# the largest square in the middle, shrink it with the Lanczos filter (each new pixel is a weighted mean of all old ones around
-# it), put white behind what is transparent.
+# the largest square in the middle, shrink it with the Lanczos filter (each new pixel is a weighted mean, with
+# some negative weights, of the old ones around it), put white behind what is transparent.
 
 # %%
 source(images.read_image, images._to_rgb)
@@ -162,11 +163,12 @@ source(stamps, decoded)
 # ### A walk through a finite set
 #
 # An **epoch** is one visit to every picture. Their order should be another one in every epoch, so that it is not always the
-# same pictures that share a batch. And a run that was interrupted must go on where it was. One could store the state of the random number generator
-# in the checkpoint. There is a simpler way: make the order a *function* of the seed and the epoch. Our random numbers are
-# such functions already (`minidiff/random.py`): draw one for each picture, and sort the pictures by it. Then nothing needs to be stored.
-# With $B$ pictures a batch, batch $s$ makes the visits $sB, \dots, sB + B - 1$. (All of these are counted from 0; the first
-# step of training, number 1 in the log, has batch 0.) Of a set of $N$ pictures, visit $v$ is in
+# same pictures that share a batch. And a run that was interrupted must go on where it was. One could store the
+# state of the random number generator in the *checkpoint*, the file in which a run is saved. There is a simpler
+# way: make the order a *function* of the seed and the epoch. Our random numbers are such functions already
+# (`minidiff/random.py`): draw one for each picture, and sort the pictures by it. Then nothing needs to be stored.
+# With $B$ pictures a batch, batch $s$ makes the visits $sB, \dots, sB + B - 1$. (All of these are counted from 0;
+# the first step of training, number 1 in the log, has batch 0.) Of a set of $N$ pictures, visit $v$ is in
 #
 # $$\text{epoch} = \lfloor v / N \rfloor, \qquad \text{at the place} \quad v \bmod N $$
 #
@@ -194,14 +196,14 @@ print("the same pictures:", (alone == walked).all())
 
 # %% [markdown]
 # **Mirroring** half of the visits doubles the set for nothing: a mirrored frog is a frog. It is no good where left and
-# right mean something: for letters, for flags, for captions that say "on the left". (The preset `coco` mirrors all the same;
-# `--data.flip false` turns it off.)
+# right mean something: for letters, for flags, for captions that say "on the left". (The preset for COCO,
+# photographs that people described in whole sentences, mirrors all the same; `--data.flip false` turns it off.)
 #
 # ### Captions
 #
-# A class name says little. The preset `cifar10` uses one of three templates, chosen at random at each visit. COCO has about
-# five captions for each photograph, written by different people, and one is chosen. So the model sees that different words
-# may mean one thing.
+# A class name says little. The preset for CIFAR-10, small photographs of ten classes, uses one of three
+# templates, chosen at random at each visit. COCO has about five captions for each photograph, written by
+# different people, and one is chosen. So the model sees that different words may mean one thing.
 
 # %%
 source(cifar10.captions)
@@ -220,8 +222,8 @@ print("not known:", tokenizer.unknown("the face of a giraffe"))
 # %% [markdown]
 # ## The recipe
 #
-# A recipe is a file of settings (`minidiff/configs/`). Here are those of the demo and of the three presets for real
-# pictures, read from these files.
+# A preset is a recipe for one kind of data (`minidiff/configs/`). Here are those of the demo and of the three
+# presets for real pictures, read from these files.
 
 # %%
 presets = {name: load_config(name) for name in ("shapes", "cifar10", "coco", "folder")}
@@ -263,35 +265,51 @@ table(["", *presets], [[name, *map(of, presets.values())] for name, of in settin
 #
 # A recipe is worth what came out of it. These runs were really made, with `benchmarks/bench_images.py`; what they logged
 # and drew is in `benchmarks/results/`, and the next cells read it from there. `numbers a weight` is how many numbers all pictures
-# together are made of, for each weight of the network. `epochs` is how often every picture was visited. `waited` is the share of the time in which training had to wait for the next batch, which a second thread
-# prepares meanwhile. `memory` is the most that the process ever held. The commands are below the table.
+# together are made of, for each weight of the network. `epochs` is how often every picture was visited. `waited`
+# is the share of the time in which training had to wait for the next batch, which a second thread prepares
+# meanwhile. `memory` is the most that the process ever held. The commands are below the table. In them
+# `--minutes` and `--marks` are what was planned: they became numbers of steps when the first steps had shown how
+# long one takes, and the time that these then took is a little different. The files are named by the plan, the
+# text goes by the clock.
 
 # %%
 runs = committed_runs(ROOT)  # empty, where there are none
 table(
-    ["run", "pictures", "weights", "numbers a weight", "measured on", "images a second", "images seen", "epochs", "waited", "memory"],
+    ["run", "pictures", "weights", "numbers a weight", "images a second", "images seen", "epochs", "waited", "memory"],
     [
         [
             name,
             f"{r['pictures']:,}",
             f"{r['parameters'] / 1e6:.1f} million",
             f"{3 * r['pictures'] * r['config']['data']['size'] ** 2 / r['parameters']:.2g}",
-            f"{r['device']['cores']} cores of {r['device']['cpu']}",
             f"{r['images_per_second']['median']:.0f}",
             f"{r['marks'][-1]['images']:,}",
-            f"{r['marks'][-1]['images'] / r['pictures']:.1f}",
+            f"{r['marks'][-1]['images'] / r['pictures']:,.1f}",
             f"{r['share_of_time_waited_for_data']:.2%}",
             f"{r['memory_gb']:.1f} GB",
         ]
         for name, (r, _) in runs.items()
     ],
 )  # fmt: skip
-print(*(r["command"] for r, _ in runs.values()), sep="\n")
+for name, (r, _) in runs.items():
+    print(f"{name}, on {r['device']['cores']} cores of {r['device']['cpu']}: {r['command']}")
+
+# %%
+if runs:
+    curves = {
+        name: ([p["minutes"] for p in r["loss"]], [p["loss"] for p in r["loss"]])
+        for name, (r, _) in runs.items()
+    }
+    figure(
+        plotting.line_plot(curves, "minutes", "loss (logarithmic)", log="y"),
+        "The training loss of these runs: medians over spans of steps. Losses of different sets "
+        "cannot be compared: they depend on how predictable the pictures are.",
+    )
 
 # %% [markdown]
 # The loss of a run on photographs falls fast, and then slowly, while the drawn pictures still change. Part of the loss is what
-# *cannot* be known (notebook 6), and does not fall at all. A set of few pictures can be learned by heart; then the loss goes
-# on falling. So look at what is drawn.
+# *cannot* be known (notebook 6), and does not fall at all. A set of few pictures can be learned by heart; then
+# the loss falls far lower. So look at what is drawn.
 #
 # The learning rate falls to 0 over the whole run, and the pictures gain by that. So do not take what these runs drew after ten
 # minutes for what a run of ten minutes gives: its learning rate would be 0 by then.
@@ -308,21 +326,19 @@ def show(name):
         return print(f"There is no run of {name} in benchmarks/results.")
     record, base = runs[name]
     figure(
-        Committed(Path(f"{base}.loss.png")),
-        f"The training loss of {name}: of each step (points), and its running median. Losses of different sets cannot be "
-        "compared: they depend on how predictable the pictures are.",
-    )
-    figure(
-        Committed(Path(f"{base}.progress.png"), photographs=True),
+        Committed(Path(f"{base}.progress.png")),
         f"What the model of {name} draws in the course of its training, always from the same noise. No picking: these are the "
         "first ones of each grid.",
     )
     for mark in record["marks"]:
-        seen = f"{mark['images']:,} images, {mark['images'] / record['pictures']:.3g} epochs"
+        epochs = mark["images"] / record["pictures"]
+        seen = f"{mark['images']:,} images, {epochs:,.{0 if epochs > 100 else 2}f} epochs"
         file = Path(f"{base}.{mark['mark']:g}-minutes.png")
         print(
             f"all that it drew after {mark['minutes']:.0f} minutes ({seen}): benchmarks/results/{file.name}"
         )
+    if (sources := Path(f"{base}.sources.md")).exists():
+        print(f"whose photographs it learned from: benchmarks/results/{sources.name}")
 
 
 show("cifar10")
@@ -342,6 +358,14 @@ show("cifar10")
 show("coco")
 
 # %% [markdown]
+# In the end nearly every picture is one of the 26 photographs, almost pixel by pixel (*Is it new, or a copy?*
+# below has the distances). So it is for captions that the model never saw: it draws a photograph that some of
+# their words belong to. "Two equestrians" become the horses on a hill, a plane that floats on a lake the airport.
+# Words have become labels of whole pictures. This is called **memorisation**. There are far more weights than
+# numbers in the pictures (the table above), and nothing in the loss asks for anything new. (Mirroring shows, too:
+# the horses look to either side, and in the last of the files above a street sign is drawn in mirror writing, and
+# another picture as a photograph and its mirror image at once.)
+#
 # ### A folder
 #
 # A folder of your own could be anything. For an example there is one of 1,360 small drawings, the emoji of a free font, with
@@ -418,15 +442,18 @@ if "cifar10" in runs:
             ceiling=("chance", 100 / len(classes)),
         ),
         f"Agreement by class. Each is a share of {n // len(classes)} pictures, so its standard error is up to "
-        f"{50 / np.sqrt(n // len(classes)):.0f} percent.",
+        f"{50 / np.sqrt(n // len(classes)):.0f} percentage points.",
     )  # fmt: skip
 else:
     print("There is no run of cifar10 in benchmarks/results.")
 
 # %% [markdown]
-# What does agreement *not* say? A model that draws one and the same perfect horse whenever a horse is asked for would have
-# $A = 1$. (Too much guidance goes that way: the pictures of one caption become alike, as notebook 8 showed.) So would one that
-# adds just what the classifier looks for. One number never says how good pictures are; look at them as well.
+# Compare that with the pictures further up. To the eye they change little in the second hour, and hardly an
+# animal can be made out, while a ship or a truck can; the classifier goes by small differences of colour and
+# shape. So an agreement of three in four does not mean that three in four look right to us. What else does it
+# *not* say? A model that draws one and the same perfect horse whenever a horse is asked for would have $A = 1$.
+# (Too much guidance goes that way: the pictures of one caption become alike, as notebook 8 showed.) So would one
+# that adds just what the classifier looks for. One number never says how good pictures are; look at them as well.
 #
 # ## Is it new, or a copy?
 #
@@ -445,16 +472,25 @@ else:
 source(nearest_pictures)
 
 # %%
+rows = []
+for name, (r, _) in runs.items():
+    for m in r["marks"]:
+        drawn_after = {what: d for what, d in m["nearest"].items() if what != "pictures"}
+        rows += [
+            [name, f"{what}, after {m['minutes']:.0f} minutes", d]
+            for what, d in drawn_after.items()
+        ]
+    rows.append([name, "the pictures themselves", r["marks"][-1]["nearest"]["pictures"]])
 table(
-    ["run", "minutes", "samples to the nearest picture: median", "least", "pictures to each other: median", "least"],
-    [
-        [name, f"{m['minutes']:.0f}", *(f"{m['nearest'][of][which]:.3f}" for of in ("samples", "pictures") for which in ("median", "least"))]
-        for name, (r, _) in runs.items()
-        for m in r["marks"]
-    ],
-)  # fmt: skip
+    ["run", "from", "to the nearest picture: median", "least"],
+    [[name, what, f"{d['median']:.3f}", f"{d['least']:.3f}"] for name, what, d in rows],
+)
 
 # %% [markdown]
+# (So many samples, and as many of the set's own pictures, as a grid has.) A single near one can be a copy, or a plain or
+# blurred picture. That can only be seen in the pair: a run writes its nearest ones, each beside its neighbour in the set,
+# to `nearest.png` in its folder.
+#
 # ## Your own folder, live
 #
 # Now the crops of the photograph. Everything is as above, only smaller: few pictures, a small network, a minute or so with the
@@ -473,15 +509,16 @@ figure(
 )
 
 # %%
-asked = [caption for caption in data.prompts[:8] for _ in range(5)]
+asked = [caption for caption in data.prompts[:8] for _ in range(4)]
 sampling = replace(small.sample, steps=25, guidance=1.5)
 with train.averaged_weights(state) as model:
     drawn = draw(model, asked, sampling)
-figure(plotting.image_grid(drawn, asked, 5), "What it draws, five pictures for each caption.")
+figure(plotting.image_grid(drawn, asked, 4), "What it draws, four pictures for each caption.")
 
 # %% [markdown]
-# A classifier of these classes is small, and quickly trained. One picture in ten is kept from it, to see how it does on what
-# it has not seen.
+# A classifier of these classes is small, and quickly trained. One picture in ten is kept from it, to see how it
+# does on what it has not seen. (Here that is an easy test: the crops overlap, so it knows most of the pixels
+# already.)
 
 # %%
 if len(data.classes) > 1:
@@ -510,9 +547,11 @@ figure(
 )
 
 # %% [markdown]
-# The crops overlap, so each of them has near neighbours, and a new crop would be about as near to one. Copies would be much
-# nearer. If the drawn pictures are as far from the set as its own pictures are from each other, or farther, because not all
-# is drawn well, then the model has put them together itself.
+# The crops overlap, so each of them has near neighbours, and a new crop would be about as near to one. Copies
+# would be much nearer. (Look at what a pair shows, too: most of every crop of the ribbons is the same dark cloth,
+# so these are nearer to each other than to anything else.) If the drawn pictures are as far from the set as its
+# own pictures are from each other, or farther, because not all is drawn well, then the model has put them
+# together itself.
 
 # %% [markdown]
 # ## Going on

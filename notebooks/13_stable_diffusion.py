@@ -15,8 +15,8 @@
 #
 # You need notebooks 7 (the reverse process), 8 (text to image) and 9 (latent space). If you have a folder of Stable
 # Diffusion 1 or 2 as the library [diffusers](https://github.com/huggingface/diffusers) saves it, name it in the second
-# cell and all pictures are its own. Without one the notebook makes a folder of the same structure, tiny and with random
-# weights: every shape and step is the same, but what it draws is nothing.
+# cell and all pictures are its own. Without one the notebook makes a folder of the same structure, tiny and with
+# random weights: every part, file and step is there, only smaller, and what it draws is nothing.
 
 # %%
 from course import begin, figure, source, table
@@ -68,8 +68,8 @@ pipe = load_pipeline(folder)
 # - `pipe.text_encoder` is the `TextEncoder` of notebook 8. Stable Diffusion 1 took it from CLIP, a model that had
 #   learned which captions belong to which pictures ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)).
 # - `pipe.unet` is the `UNet` of notebook 5, with cross-attention at three of its four levels.
-# - `pipe.vae` is the `VAE` of notebook 9: it turns 512 x 512 pixels with 3 colours into 64 x 64 positions with 4
-#   numbers each.
+# - `pipe.vae` is the `VAE` of notebook 9: in the real one it turns 512 x 512 pixels with 3 colours into 64 x 64
+#   positions with 4 numbers each.
 # - `pipe.tokenizer` cuts texts, in a new way (below).
 #
 # How large are they? The code below builds the real ones from their sizes, without any memory for the weights, and
@@ -119,25 +119,28 @@ names = [
     "mid_block.resnets.0.norm1.weight",
 ]
 table(
-    ["name", "in the file", "ours"],
-    [[f"`{name}`", stored[name].shape, ours[name].data.shape] for name in names],
+    ["in the file", "ours", "name"],
+    [[stored[name].shape, ours[name].data.shape, f"`{name}`"] for name in names],
 )
 
 # %% [markdown]
-# `attn2.to_k` is the layer that makes keys from the words: as many rows as a token has numbers.
+# `attn2.to_k` is the layer that makes keys from the words: in our layout it has as many rows as a token has
+# numbers.
 #
 # The file is not read in one piece but *mapped*: the system shows it as if it were memory, and fetches a part of it when
 # it is looked at. Each weight is turned round as it is read, so that the whole is in memory only once.
 #
 # ## Words in pieces
 #
-# Our small model has a list of words, and refuses all others. CLIP's tokenizer can write *any* text with 49,408 tokens.
-# Its idea is older than neural networks: **byte-pair encoding**. Begin with single characters (more exactly with
-# bytes, of which every text is made). Look in a large pile of text for the pair of neighbours that occurs most often,
-# join it to a new token, and do that again, and again. Frequent words become one token, rare ones stay in pieces.
+# Our models have a list of words: the small one refuses all others, those of notebook 12 read them as "unknown".
+# CLIP's tokenizer can write *any* text with 49,408 tokens. Its idea, **byte-pair encoding**, was made to compress
+# files (Gage 1994), and was taken up for language in 2016 ([Sennrich et al.](https://arxiv.org/abs/1508.07909)).
+# Begin with single characters (more exactly with bytes, of which every text is made). Look in a large pile of
+# text for the pair of neighbours that occurs most often, join it to a new token, and do that again, and again.
+# Frequent words become one token, rare ones stay in pieces.
 #
-# Below it is done with three sentences. `</w>` marks the end of a word, so that "cat" in "cat" and in "catalogue" can
-# be told apart.
+# Below it is done with a few sentences. `</w>` marks the end of a word, so that "cat" in "cat" and in "catalogue"
+# can be told apart.
 
 # %%
 source(learned_merges)
@@ -165,10 +168,13 @@ for word in ("cat", "photograph", "photographers", "mountain", "naïve", "猫"):
 table(["word", "pieces", "ids"], rows)
 
 # %% [markdown]
-# What is outside of the alphabet that we know falls apart into bytes: two for ï, three for 猫. Nothing is unknown.
+# What is outside of the alphabet that we know falls apart into bytes: two for ï, three for 猫. (Each of the 256
+# byte values has a printable character that stands for it, and these are what the table shows.) Nothing is
+# unknown.
 #
-# A prompt is these ids between a start and an end token, and filled up to a fixed length $L$ (77 in CLIP). Unlike ours,
-# Stable Diffusion has no mask for the filling: it was trained with the padding in view, so it must be used with it.
+# A prompt is these ids between a start and an end token, and filled up to a fixed length $L$ (77 in CLIP, 24 in
+# the tiny one). Unlike ours, Stable Diffusion has no mask for the filling: it was trained with the padding in
+# view, so it must be used with it.
 
 # %%
 prompt = "a painting of a cat in the mountains"
@@ -189,9 +195,9 @@ from minidiff.pretrained import Pipeline
 source(Pipeline.denoise)
 
 # %% [markdown]
-# One argument is new. A **negative prompt** is a text that stands in place of the empty caption of guidance (notebook
-# 8): $\tilde\varepsilon = \varepsilon_\text{negative} + w\,(\varepsilon_\text{cond} - \varepsilon_\text{negative})$. So
-# the picture is pushed away from it.
+# One idea in it is new. A **negative prompt** is a text that stands in place of the empty caption of guidance
+# (notebook 8): $\tilde\varepsilon = \varepsilon_\text{negative} + w\,(\varepsilon_\text{cond} -
+# \varepsilon_\text{negative})$. With $w > 1$ the picture is pushed away from it.
 #
 # Where do the seconds go? The text is encoded once, the U-Net runs at every step, and the VAE decodes once, at the end:
 
@@ -203,25 +209,24 @@ began, per_step = time.perf_counter(), []
 for step in pipe.denoise(prompt, steps=6, guidance=7.5, negative_prompt="", seed=1):
     per_step.append(time.perf_counter() - began)
     began, last = time.perf_counter(), step.x_prev
-times["U-Net, a step of 20"] = float(np.median(per_step))
+times["U-Net, 20 steps"] = 20 * float(np.median(per_step))
 began = time.perf_counter()
 images = pipe.decode(last)
 times["VAE, once"] = time.perf_counter() - began
 print("latents", last.shape, "-> pixels", images.shape)
-shares = {**times, "all of a picture in 20 steps": 0}
-shares["all of a picture in 20 steps"] = (
-    times["text encoder, once"] + 20 * times["U-Net, a step of 20"] + times["VAE, once"]
-)
 figure(
-    plotting.bars(list(shares), {"measured here": [1000 * s for s in shares.values()]}, "milliseconds", log=True,
-                  title="Where the time of a picture goes"),
+    plotting.bars(list(times), {"measured here": [1000 * s for s in times.values()]}, "milliseconds",
+                  title="Where the time of a picture in 20 steps goes"),
     "Times with the folder that is loaded above. In the tiny model much of it is Python's; in the real one nearly all is "
     "the U-Net's convolutions and attention.",
 )  # fmt: skip
 
 # %% [markdown]
-# The real one, measured beside diffusers at full size (`python benchmarks/bench_pretrained.py`, with random weights, on
-# the machine named in the file):
+# The real one, measured beside diffusers at full size (`python benchmarks/bench_pretrained.py`, with random
+# weights, on the machine named in the file). Times are medians, with the quartiles in brackets (notebook 11);
+# *its best way* is the memory layout in which diffusers was faster; memory is the most that the process had held
+# until then (ours reads all weights when it loads). Below are the largest differences between the two: `tokens`
+# of the text encoder, `answer` of the U-Net, `latents` after some steps, `images` decoded.
 
 # %%
 from IPython.display import Markdown, display
@@ -235,9 +240,10 @@ if not results:
 # %% [markdown]
 # ## A folder of our own
 #
-# `minidiff export` writes our model in the same layout, so that diffusers loads its parts. And what it writes,
-# `load_pipeline` reads: here is the small model of the last notebooks, by way of a folder, drawing through the same
-# pipeline.
+# `minidiff export` writes our model in the same layout, so that diffusers loads its parts. (There is no `vae/`:
+# our U-Net predicts the pixels themselves, 4 x 4 of them as the 48 channels of a position, and `decode` only puts
+# them back in place. And the tokenizer is our list of words.) And what it writes, `load_pipeline` reads: here is
+# the small model of the last notebooks, by way of a folder, drawing through the same pipeline.
 
 # %%
 home = Path(tempfile.mkdtemp()) / "shapes"
@@ -261,7 +267,8 @@ figure(
 #
 # Stable Diffusion's U-Net takes seconds a step on a processor, so it matters how many there are. DDIM with few steps is
 # wrong because it goes straight ahead where the path bends: in each step it takes the predicted noise for constant.
-# Better **solvers** do something about it:
+# Better **solvers** do something about it (the path from noise to image is the solution of a differential
+# equation, and a sampler without fresh noise solves it step by step):
 #
 # - `heun` looks at the end of its step too, and takes the mean of both directions: two calls of the network a step
 #   ([Karras et al. 2022](https://arxiv.org/abs/2206.00364));
@@ -269,7 +276,10 @@ figure(
 #   further call ([Lu et al. 2022](https://arxiv.org/abs/2211.01095));
 # - `unipc` also corrects each step by what the next one sees ([Zhao et al. 2023](https://arxiv.org/abs/2302.04867)).
 #
-# Each is a few lines:
+# Each is a few lines. `dpm++2m` in symbols: with $\lambda_t = \ln\sqrt{\bar\alpha_t/(1-\bar\alpha_t)}$, half the
+# logarithm of the signal-to-noise ratio, a step from $t$ to $t_\text{prev}$ is $h = \lambda_{t_\text{prev}} -
+# \lambda_t$ long. Where DDIM's step uses the predicted image $x_0$, this one uses $D = x_0 +
+# \frac{h}{2\,h_\text{before}}\,(x_0 - x_{0,\text{before}})$:
 
 # %%
 from minidiff.samplers import dpmpp_2m
@@ -277,13 +287,20 @@ from minidiff.samplers import dpmpp_2m
 source(dpmpp_2m)
 
 # %% [markdown]
-# All of them end at the same picture if only the steps are short enough. How far from it are they with few? The picture
-# with 80 steps of `heun` is taken for the truth; the error is the root of the mean squared difference of the pixels, and
-# of six captions the median. Where a solver's steps lie matters too: here they follow Karras et al. (their equation 5),
-# who put more of them where there is little noise.
+# (`_towards(D, ...)` is DDIM's step with `D` as the image. The last step, to the image itself, has an infinite $h$, and
+# takes $D = x_0$.)
+#
+# All of them end at the same picture if only the steps are short enough. How far from it are they with few? The
+# picture with 100 steps of `heun` is taken for the truth; the error is the root of the mean squared difference of
+# the pixels, and of six captions the median. Where a solver's steps lie matters too, so all get the same ends:
+# noise levels $\sigma = \sqrt{(1-\bar\alpha_t)/\bar\alpha_t}$ (not the $\sigma_t$ of notebook 7) from 80 to 0.02,
+# and from there to the image in one step. In between they are even in $\sigma^{1/7}$ (Karras et al., equation 5):
+# so more of them lie where there is little noise than if they were even in $\sigma$.
 
 # %%
+from minidiff.samplers import SAMPLERS
 from minidiff.schedule import karras_levels
+from minidiff.tensor import no_grad
 
 source(karras_levels)
 captions = [
@@ -294,35 +311,57 @@ captions = [
     "a blue circle",
     "a large yellow square below a small red circle",
 ]
-shapes_pipe.scheduler |= {"use_karras_sigmas": True, "clip_sample": False}
-given = dict(guidance=1.0, seed=4, output="array", progress=False)
-truth = shapes_pipe(captions, 80, sampler="heun", **given)
+with no_grad():
+    tokens, mask = model.condition(captions)
+x_T = np.random.default_rng(4).standard_normal((len(captions), *model.latent_shape), np.float32)
+
+
+def walk(name, steps):
+    """The end of a walk from x_T in so many steps, as pixels."""
+    levels = [*model.schedule.t_at(karras_levels(80.0, 0.02, steps)), 0]
+    *_, end = SAMPLERS[name](model, x_T, (tokens.data, mask), None, 1.0, levels, model.schedule)
+    return model.decode(end.x_prev)
+
+
+truth = walk("heun", 100)
 errors, calls_a_step = {}, {"euler": 1, "heun": 2, "dpm++2m": 1, "unipc": 1}
+budget = (8, 12, 16, 24, 32, 48)
 for name, each in calls_a_step.items():
-    budget = (8, 12, 16, 24, 32, 48)
-    off = []
-    for calls in budget:
-        drawn = shapes_pipe(captions, calls // each, sampler=name, **given)
-        off.append(float(np.median(np.sqrt(np.mean((drawn - truth) ** 2, axis=(1, 2, 3))))))
-    errors[name] = (budget, off)
-figure(
-    plotting.line_plot(
-        errors,
-        "calls of the network",
-        "error (RMS of pixels in -1..1)",
-        "Error against work",
-        marker="o",
-        log="xy",
-    ),
-    "The distance from the exact path's end, without guidance. `euler` with these steps is what `ddim` is: first order. "
-    "A line twice as steep gains twice as much from every further call.",
+    off = [walk(name, calls // each) - truth for calls in budget]
+    errors[name] = (
+        budget,
+        [float(np.median(np.sqrt(np.mean(d**2, axis=(1, 2, 3))))) for d in off],
+    )
+chart = plotting.line_plot(
+    errors,
+    "calls of the network",
+    "error (RMS of pixels in -1..1)",
+    "Error against work",
+    marker="o",
+    log="xy",
 )
+chart.axes[0].set_xticks(budget, budget)
+chart.axes[0].minorticks_off()
+figure(
+    chart,
+    "The distance from the exact path's end, without guidance. Both axes are logarithmic. `euler` with these steps is what "
+    "`ddim` is. Where a line is twice as steep, doubling the calls divides the error by four instead of by two.",
+)
+table(
+    ["solver", "calls a step", *(f"error with {n} calls" for n in (8, 16, 32)), "slope from 16 to 32"],
+    [
+        [name, calls_a_step[name], *(f"{off[budget.index(n)]:.4f}" for n in (8, 16, 32)),
+         f"{np.log2(off[budget.index(16)] / off[budget.index(32)]):.1f}"]
+        for name, (_, off) in errors.items()
+    ],
+)  # fmt: skip
 
 # %% [markdown]
 # On logarithmic axes the slope is the solver's *order*: when the steps are half as long, an error of first order halves,
-# one of second order falls to a quarter. The order shows only where the steps are short enough; with a handful, all of
-# them guess, and the one that asks twice a step guesses half as often. (`tests/test_sampler_order.py` measures the orders
-# on a problem whose solution is known.)
+# one of second order falls to a quarter, one of third order to an eighth. The order shows only where the steps are short
+# enough; with a handful, all of them guess, and the one that asks twice a step guesses half as often. At the other end no
+# line can be trusted below the error of the truth itself. (`tests/test_sampler_order.py` measures the orders on a problem
+# whose solution is known.)
 #
 # ## Traps
 #
@@ -348,7 +387,7 @@ schedules = {
 source(zero_terminal_snr)
 table(
     ["schedule", "signal left at T: the root of alpha_bar"],
-    [[name, f"{np.sqrt(a[-1]):.4f}"] for name, a in schedules.items()],
+    [[name, f"{np.sqrt(a[-1]):.2g}"] for name, a in schedules.items()],
 )
 figure(
     plotting.schedule_plot(schedules),
@@ -375,8 +414,9 @@ def in_our_order(array):
 check.layout(in_our_order)
 
 # %% [markdown]
-# **13.2** How many heads has each level? `kind` is the class in the file, `channels` the width of each level, and
-# `attention_head_dim` a number, a list with one for each level, or None.
+# **13.2** How many heads has each level? `kind` is the class in the file: "UNet2DConditionModel" is conditioned
+# on text, "UNet2DModel" is not. `channels` is the width of each level, and `attention_head_dim` a number, a list
+# with one for each level, or None (in "UNet2DModel": one head, as wide as the level).
 
 
 # %%

@@ -10,7 +10,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from drawing_02 import MARGIN, Matrix, canvas, draw_matrix, write
 from minidiff.plotting import COLOURS, FAINT, GREY, INK, STYLES, TEXT, Chart
 
-CELL = 0.42
+CELL = 0.48
 
 
 def sliding(image: np.ndarray, kernel: np.ndarray, places: Sequence[tuple[int, int]]) -> Chart:
@@ -158,7 +158,7 @@ def patches_as_rows(
     arrow = {"arrowstyle": "-|>", "mutation_scale": 12, "color": GREY, "lw": 1.2}
     axes.add_patch(FancyArrowPatch((x - 0.45, middle), (x - 0.08, middle), **arrow))
     draw_matrix(
-        axes, x, middle - n * cell / 2, Matrix("columns: a row a window", columns, row), cell
+        axes, x, middle - n * cell / 2, Matrix("one row for each window", columns, row), cell
     )
     x += k * k * cell + 0.3
     write(axes, x - 0.15, middle, "@", TEXT + 2)

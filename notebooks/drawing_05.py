@@ -204,7 +204,7 @@ def _arrow(
 
 
 def heat_map(values: np.ndarray, xlabel: str, ylabel: str, alt_text: str) -> Chart:
-    """Numbers in [-1, 1], (rows, columns), as colours: blue below 0, white 0, orange above."""
+    """Numbers in [-1, 1], (rows, columns), as colours: purple below 0, white 0, orange above."""
     chart = Chart(7.2, 2.6, alt_text, layout="constrained")
     axes = chart.subplots()
     image = axes.imshow(
@@ -213,7 +213,7 @@ def heat_map(values: np.ndarray, xlabel: str, ylabel: str, alt_text: str) -> Cha
     axes.tick_params(colors=GREY, labelcolor=INK, labelsize=TEXT)
     axes.set_xlabel(xlabel, fontsize=TEXT + 1, color=INK)
     axes.set_ylabel(ylabel, fontsize=TEXT + 1, color=INK)
-    bar = chart.colorbar(image, ax=axes, ticks=[-1, 0, 1])
+    bar = chart.colorbar(image, ax=axes, ticks=[-1, 0, 1], label="value")
     bar.ax.tick_params(labelsize=TEXT)
     bar.outline.set_visible(False)
     return chart

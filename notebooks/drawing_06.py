@@ -66,11 +66,14 @@ def score_arrows(
     for x, s in zip(at, score, strict=True):
         axes.annotate(
             "", (x + longest * s, low), (x, low),
-            arrowprops={"arrowstyle": "-|>", "color": COLOURS[1], "lw": 1.4, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-|>", "color": COLOURS[1], "lw": 1.2, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 5
+            },
         )  # fmt: skip
     axes.plot(at, np.full(len(at), low), "o", color=COLOURS[1], ms=2.5)
     axes.axhline(0, color=GREY, lw=0.8)
     axes.set_ylim(2 * low, None)
+    axes.set_yticks([y for y in axes.get_yticks() if 0 <= y <= density.max()])
     axes.set_xlabel("x_t", fontsize=TEXT, color=INK)
     axes.set_ylabel("density q(x_t)", fontsize=TEXT, color=INK)
     return chart

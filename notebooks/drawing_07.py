@@ -86,7 +86,7 @@ def _image(axes: Any, title: str, image: np.ndarray) -> None:
 def _heat(axes: Any, title: str, numbers: np.ndarray) -> None:
     limit = np.abs(numbers).max()
     axes.imshow(
-        numbers, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+        numbers, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
     )
     _bare(axes, title)
 

@@ -41,15 +41,19 @@ def word_maps(
     side = len(image) // maps.shape[1]
     light = maps.repeat(side, axis=1).repeat(side, axis=2)[..., None]
     light = light / light.max()
-    tiles = (image * 0.5 + 0.5) * (0.15 + 0.85 * light) * 2 - 1
+    tiles = (
+        0.3 * (image * 0.5 + 0.5) + 0.7 * light
+    ) * 2 - 1  # dark colours must not hide the light
     shares = [f"{word}\n{100 * m.mean():.0f}%" for word, m in zip(words, maps, strict=True)]
     return plotting.image_grid(
         np.concatenate([image[None], tiles]), ["picture", *shares], len(words) + 1, title=title
     )
 
 
-def matrix(values: np.ndarray, names: Sequence[str], label: str) -> plotting.Chart:
-    """A square matrix of similarities as a heat map with the numbers' names on both sides."""
+def matrix(
+    values: np.ndarray, names: Sequence[str], label: str, low: float = -1
+) -> plotting.Chart:
+    """A square matrix of similarities, from `low` to 1, as a heat map with the numbers' names on both sides."""
     side = 1.6 + 0.27 * len(names)
     chart = plotting.Chart(
         side + 1.4,
@@ -58,7 +62,7 @@ def matrix(values: np.ndarray, names: Sequence[str], label: str) -> plotting.Cha
         layout="constrained",
     )
     axes = chart.subplots()
-    shown = axes.imshow(values, cmap="cividis", vmin=-1, vmax=1)
+    shown = axes.imshow(values, cmap="cividis", vmin=low, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=plotting.TEXT)
     axes.set_yticks(range(len(names)), names, fontsize=plotting.TEXT)
     axes.spines[:].set_visible(False)

@@ -204,7 +204,7 @@ def two_orders(measured: Mapping[str, tuple[str, Sequence[float]]], begins: int)
             where = [n for n, letter in enumerate(order) if letter == name]
             times = [1e3 * seconds[n] for n in where]
             axes.plot(
-                [n + 1 for n in where], times, "o^"[i], ms=3, color=COLOURS[i], mec="none",
+                [n + 1 for n in where], times, "o^"[i], ms=(4, 3)[i], color=COLOURS[i], mfc=(COLOURS[0], "white")[i],
                 label=name if axes is panels[0] else None,
             )  # fmt: skip
             axes.axhline(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,32 +107,27 @@ def visits_drawn(epochs: Sequence[np.ndarray], mirrored: Sequence[np.ndarray]) -
 
 
 class Committed:
-    """A picture of benchmarks/results, with the sentence about itself that is in the file.
+    """Photographs of benchmarks/results, with the sentence about themselves that is in the file.
 
-    photographs: show it as a JPEG, and no larger than the page: many photographs as PNG make a large notebook.
+    They are shown as a JPEG, and no larger than the page: as PNG they would make a large notebook.
     """
 
-    def __init__(self, path: Path, photographs: bool = False):
-        self.photographs, self.data = photographs, path.read_bytes()
+    def __init__(self, path: Path):
         with Image.open(path) as image:
             self.alt_text = image.info.get("Description", path.stem)
             width = min(960, image.width * 96 // 160)
             self.size = width, width * image.height // image.width
-            if photographs:
-                data = io.BytesIO()
-                image.convert("RGB").resize(self.size, Image.Resampling.LANCZOS).save(
-                    data, "jpeg", quality=88, subsampling=0, optimize=True
-                )
-                self.data = data.getvalue()
+            data = io.BytesIO()
+            shown = image.convert("RGB").resize(self.size, Image.Resampling.LANCZOS)
+            shown.save(data, "jpeg", quality=80, optimize=True)
+        self.data = data.getvalue()
 
     def __repr__(self) -> str:
         return self.alt_text
 
-    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        kind = "image/jpeg" if self.photographs else "image/png"
+    def _repr_jpeg_(self) -> tuple[bytes, dict[str, Any]]:
         width, height = self.size
-        about = {kind: {"width": width, "height": height, "alt": self.alt_text}}
-        return {kind: b64encode(self.data).decode(), "text/plain": self.alt_text}, about
+        return self.data, {"width": width, "height": height, "alt": self.alt_text}
 
 
 def committed_runs(root: Path) -> dict[str, tuple[dict[str, Any], str]]:

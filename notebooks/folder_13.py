@@ -20,9 +20,11 @@ from minidiff.pretrained.configs import text_config, unet_config, vae_config
 from minidiff.pretrained.weights import their_layout
 from minidiff.text.bpe import END, START, byte_symbols, fold, merge_pairs, word_pattern
 
-CORPUS = """A photo of a cat on a red sofa. A photograph of two cats, a painting of a dog in the snow, an oil painting of
-the sea at night. Photos and paintings of small houses, tall houses and of the mountains behind them. The cat's house. A photograph of an
-old town by the river, a drawing of a mountain, of horses and of a bridge over the water. The sea behind the town."""
+CORPUS = """A photo of a cat on a red sofa. A photograph of two cats, a painting of a dog in
+the snow, an oil painting of the sea at night. Photos and paintings of small houses, tall
+houses and of the mountains behind them. The cat's house. A photograph of an old town by
+the river, a drawing of a mountain, of horses and of a bridge over the water. The sea behind
+the town."""
 MERGES = 100
 
 Sizes = dict[str, dict[str, Any]]

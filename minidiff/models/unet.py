@@ -159,7 +159,7 @@ class Attention(Module):
         return self.to_out[0](y, residual)
 
     def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """What x asks, and what it is told: both (B, L, C)."""
+        """What x is compared with, and what it is told: both (B, L, C)."""
         if not isinstance(source, Text):
             return self.to_k(source), self.to_v(source)
         if id(self) not in source.kept:
