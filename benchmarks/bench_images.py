@@ -162,7 +162,8 @@ def progress(preset: str, data: Any, folder: Path, records: list[dict]) -> plott
     """The first row of every mark's grid, which all begin with the same noise, one below the other."""
     rows = [scaled(np.load(folder / f"{m['mark']:g}-minutes.npy")) for m in records]
     n = len(rows[0])
-    texts = [f"{m['minutes']:.0f} minutes: {caption}" for m in records for caption in asked(data)[0][:n]]
+    captions = asked(data)[0][:n]
+    texts = [f"{m['minutes']:.0f} minutes: {caption}" for m in records for caption in captions]
     return plotting.image_grid(np.concatenate(rows), texts, n, title=f"{preset}: from the same noise")
 
 

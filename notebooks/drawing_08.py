@@ -41,9 +41,8 @@ def word_maps(
     side = len(image) // maps.shape[1]
     light = maps.repeat(side, axis=1).repeat(side, axis=2)[..., None]
     light = light / light.max()
-    tiles = (
-        0.3 * (image * 0.5 + 0.5) + 0.7 * light
-    ) * 2 - 1  # dark colours must not hide the light
+    # dark colours must not hide the light
+    tiles = (0.3 * (image * 0.5 + 0.5) + 0.7 * light) * 2 - 1
     shares = [f"{word}\n{100 * m.mean():.0f}%" for word, m in zip(words, maps, strict=True)]
     return plotting.image_grid(
         np.concatenate([image[None], tiles]), ["picture", *shares], len(words) + 1, title=title

@@ -18,18 +18,18 @@ HEAD = "after | images | epochs"
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
-    """bench(PRESET, FOLDER, ...) runs it with its results in tmp_path/results, and gives its record and its table."""
+    """bench(PRESET, FOLDER) runs it with its results in tmp_path/results; gives its record, and its files by suffix."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     import bench_images
     import common
 
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
 
-    def run(preset, data, *more):
+    def run(preset, data):
         settings = {**TINY, "train.steps": 40, "train.minutes": 0, "train.batch": 4, "sample.steps": 2}
         settings |= {"data.size": SIDE, "data.cache": tmp_path / "cache"}
         command = ["bench_images.py", preset, "--data", data, "--minutes", "2", "--marks", "1,2", "--n", "4"]
-        command += ["--out", tmp_path / "run", *(f"{k}={v}" for k, v in settings.items()), *more]
+        command += ["--out", tmp_path / "run", *(f"{k}={v}" for k, v in settings.items())]
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         bench_images.main()
         found = {p.name.split(".", 1)[1]: p for p in (tmp_path / "results").iterdir()}
@@ -70,9 +70,9 @@ def test_the_captions_of_a_grid(bench, tmp_path):
     from minidiff.data import DataConfig, open_data
 
     def of(name):
-        data = open_data(DataConfig(name=name, path=str(tmp_path / name), size=SIDE, cache=str(tmp_path / "c")), 0)
-        captions, columns, known = asked(data)
-        return captions, columns, known
+        return asked(
+            open_data(DataConfig(name=name, path=str(tmp_path / name), size=SIDE, cache=str(tmp_path / "c")), 0)
+        )
 
     (tmp_path / "coco").mkdir()
     write_coco(tmp_path / "coco")
