@@ -208,29 +208,28 @@ def _fetch_alone(url: str, part: Path, path: Path, file: File) -> Path:
 
 def _fill(url: str, part: Path, file: File) -> bool:
     """Fetch what `part` lacks, in as many attempts as it takes; returns whether it was put together from pieces."""
-    start = have = most = _size(part)
+    had = have = _size(part)
     resumes, pauses = True, iter(PAUSES)
     while have < file.bytes:
-        asked = have if resumes else 0
+        had, asked = have, have if resumes else 0
         try:
             with _open(url, asked) as response:
-                start = _start(response, asked, file)
-                _append(response, part, start, file)
+                _append(response, part, _start(response, asked, file), file)
             reason = "the connection ended early"
         except _CannotResume:
             reason, resumes = "the server cannot go on in the middle of the file", False
         except _Broken as e:
             reason = str(e)
         have = _size(part)
-        if have > most:
-            most, pauses = have, iter(PAUSES)
+        if have > had:
+            pauses = iter(PAUSES)
         if have < file.bytes:
             pause = next(pauses, None)
             if pause is None:
                 raise _Failed(f"{reason} (so far {have} of {file.bytes} bytes)")
             tqdm.write(f"{reason}; trying again in {pause:.0f} s", file=sys.stderr)
             time.sleep(pause)
-    return start > 0
+    return had > 0
 
 
 def _size(part: Path) -> int:
@@ -277,17 +276,22 @@ def _start(response: HTTPResponse, asked: int, file: File) -> int:
 
 
 def _append(response: HTTPResponse, part: Path, start: int, file: File) -> None:
-    """Write the answer's bytes into `part` from `start` on; stops where more come than are published."""
+    """Add the answer's bytes, which begin at `start`, to `part`; stops where more come than are published.
+
+    What `part` has already is passed over: an answer that breaks off, or is something else, shortens nothing.
+    """
+    had, at = _size(part), start
     with (
-        open(part, "ab" if start else "wb") as f,
+        open(part, "ab") as f,
         tqdm(
             desc=file.name, total=file.bytes, initial=start, unit="B", unit_scale=True, disable=None, dynamic_ncols=True
         ) as bar,
     ):
         for chunk in _chunks(response):
-            f.write(chunk)
+            f.write(chunk[max(0, had - at) :])
+            at += len(chunk)
             bar.update(len(chunk))
-            if f.tell() > file.bytes:
+            if at > file.bytes:
                 break
 
 

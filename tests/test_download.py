@@ -190,10 +190,23 @@ def test_a_whole_part_needs_no_request(server, folder):
     fetches(server, folder, [])
 
 
-def test_a_server_without_ranges_starts_from_the_beginning(server, folder):
-    left_before(folder, OTHER[:HALF])
+def test_a_server_without_ranges_sends_what_is_there_once_more(server, folder):
+    left_before(folder, DATA[:HALF])
     server.answers = [ignore_range]
     fetches(server, folder, [f"{HALF}-"])
+
+
+def test_a_server_without_ranges_that_breaks_early_shortens_nothing(server, folder):
+    left_before(folder, DATA[:HALF])
+    server.answers = [lambda handler: ignore_range(handler, keep=100)]
+    fetches(server, folder, [f"{HALF}-"] * 2)
+
+
+def test_something_else_without_a_length_spares_what_is_there(server, folder):
+    left_before(folder, DATA[:HALF])
+    server.answers = [lambda handler: without_length(handler, b"log in")] * 9
+    words = ["the connection ended early", f"so far {HALF} of {len(DATA)} bytes"]
+    fails(server, folder, words, [f"{HALF}-"] * 4, {PART: DATA[:HALF]})
 
 
 def test_a_server_without_ranges_that_breaks_is_given_up(server, folder):
@@ -285,10 +298,11 @@ def test_wrong_pieces_begin_again_only_once(server, folder):
     fails(server, folder, ["what came has the MD5 sum"], [f"{HALF}-", None, f"{HALF}-"])
 
 
-def test_one_wrong_piece_from_a_server_that_ignored_the_range_is_final(server, folder):
-    left_before(folder, DATA[:HALF])
-    server.answers = [lambda handler: ignore_range(handler, OTHER)]
-    fails(server, folder, ["what came has the MD5 sum"], [f"{HALF}-"])
+@pytest.mark.parametrize("before, then", [(DATA, OTHER), (OTHER, DATA)])
+def test_wrong_pieces_from_a_server_without_ranges_begin_again_once(server, folder, before, then):
+    left_before(folder, before[:HALF])
+    server.answers = [lambda handler: ignore_range(handler, then)]
+    fetches(server, folder, [f"{HALF}-", None])
 
 
 def test_too_much_is_refused_by_its_length_and_spares_what_is_there(server, folder):
