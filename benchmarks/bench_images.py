@@ -30,7 +30,7 @@ from minidiff.classifier import open_classifier
 from minidiff.config import TrainConfig, config_to_dict, load_config
 from minidiff.data import Dataset
 from minidiff.data.pictures import scaled, some_of
-from minidiff.evaluate import evaluate_classes, nearest_pictures
+from minidiff.evaluate import MOST, evaluate_classes, nearest_pictures
 from minidiff.models import parameter_count
 from minidiff.sample import draw
 from minidiff.train import TrainState, averaged_weights, data_of, fit, load_state, new_state, read_log
@@ -110,7 +110,8 @@ def asked(data: Any) -> tuple[list[str], int, np.ndarray]:
         known = [data.captions[i][0] for i in some_of(len(data), n)]
         captions = [text for i in range(0, n, 4) for text in (*known[i : i + 4], *prompts[i : i + 4])]
         return captions, 8, np.arange(2 * n) % 8 < 4
-    captions = prompts * max(1, 40 // len(prompts))
+    prompts = prompts[:MOST]
+    captions = prompts * max(1, MOST // len(prompts))
     return captions, len(prompts) if 5 <= len(prompts) <= 10 else 4, np.full(len(captions), True)
 
 

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from minidiff.backend import Array, to_numpy
 from minidiff.errors import UserError
+from minidiff.files import permitted
 
 FORMAT = "minidiff checkpoint 1"
 FILE = "checkpoint.safetensors"
@@ -38,8 +39,7 @@ def save_checkpoint(path: Path, parts: dict[str, dict[str, Array]], about: dict[
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, metadata={"format": FORMAT, "about": json.dumps(about)})
-        os.umask(mask := os.umask(0o077))  # there is no other way to read it
-        temporary.chmod(0o666 & ~mask)  # as any new file; save_file lets nobody else read it
+        temporary.chmod(permitted(0o666))  # save_file lets nobody else read it
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)

@@ -124,6 +124,10 @@ def pictures_with_classes(config: DataConfig, longest: int = 1000) -> Pictures:
         raise UserError(
             f"the pictures of {config.path} are all of one class, {data.classes[0]!r}; a classifier needs two"
         )
+    if len(set(data.prompts)) < len(data.classes):
+        raise UserError(
+            f"the first {longest} words of two classes of {config.path} are the same, and the model reads no more"
+        )
     return data
 
 

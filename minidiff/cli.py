@@ -286,7 +286,7 @@ def _begun(args: argparse.Namespace) -> tuple[Any, Any, Path]:
         raise UserError(
             f"{folder} exists and is not empty; go on with it (--resume {folder}) or choose another folder (--out)"
         )
-    pictures, place = Path(config.data.path).resolve(), folder.resolve()
+    pictures, place = Path(os.path.expanduser(config.data.path)).resolve(), folder.resolve()
     if config.data.name == "folder" and config.data.path and pictures in (place, *place.parents):
         raise UserError(
             f"{folder} lies in {config.data.path}: what the run draws would be among its training pictures; "

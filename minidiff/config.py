@@ -15,6 +15,7 @@ import tomli_w
 
 from minidiff.data import DataConfig
 from minidiff.errors import UserError
+from minidiff.files import read_text
 from minidiff.models import TextEncoderConfig, UNetConfig
 from minidiff.optim import OPTIMIZERS
 from minidiff.samplers import SAMPLERS
@@ -168,7 +169,7 @@ def load_config(preset: str, overrides: dict[str, Any] | None = None) -> Config:
     if preset in presets():
         text = resources.files("minidiff.configs").joinpath(f"{preset}.toml").read_text()
     elif preset.endswith(".toml") and Path(preset).is_file():
-        text = Path(preset).read_text()
+        text = read_text(Path(preset))
     else:
         raise UserError(f"unknown preset {preset!r}{did_you_mean(preset, presets())}; presets: {', '.join(presets())}")
     try:

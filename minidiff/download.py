@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse, InvalidURL
+from http.client import HTTPException, HTTPResponse, InvalidURL, responses
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -184,6 +184,8 @@ def _alone(part: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise UserError(f"another download is writing {part}; wait for it") from e
+        except OSError:  # a file system without locks, where nothing keeps two downloads apart either
+            pass
         try:
             yield
         finally:
@@ -246,7 +248,8 @@ def _open(url: str, start: int) -> HTTPResponse:
         if e.code == 416:
             raise _CannotResume from e
         temporary = e.code >= 500 or e.code in (408, 429)
-        raise (_Broken if temporary else _Failed)(f"the server answers {e.code}, {_said(e)}") from e
+        phrase = " ".join(str(e.reason or responses.get(e.code, "without a reason")).split())
+        raise (_Broken if temporary else _Failed)(f"the server answers {e.code}, {phrase}") from e
     except (ValueError, InvalidURL) as e:
         raise _Failed(f"this is not a URL ({e})") from e
     except (OSError, HTTPException) as e:

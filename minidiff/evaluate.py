@@ -25,6 +25,7 @@ from minidiff.train import LOG, TrainState, averaged_weights, read_log
 
 GUIDANCE_SCALES = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0)
 GRID = 24  # captions in the grid of an evaluation
+MOST = 40  # captions in a grid of training: pictures may be of hundreds of classes
 
 
 Judge = Callable[[np.ndarray, Sequence[str]], list[bool]]
@@ -171,8 +172,9 @@ def guidance_sweep(model: TextToImage, captions: list[str], settings: SampleConf
 
 def draw_training_grid(state: TrainState, data: Dataset, path: Path) -> None:
     """The averaged model's pictures of the data's prompts; of `shapes`, with the checker's verdicts."""
-    n = len(data.prompts)
-    captions = list(data.prompts) * max(1, 20 // n)
+    prompts = list(data.prompts)[:MOST]
+    n = len(prompts)
+    captions = prompts * max(1, 20 // n)
     with averaged_weights(state) as model:
         images = draw(model, captions, replace(state.config.sample, steps=min(25, state.config.sample.steps)))
     right = fully_right(images, captions) if state.config.data.name == "shapes" else None

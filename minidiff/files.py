@@ -35,6 +35,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def permitted(mode: int) -> int:
+    """The permissions that a new file (0o666) or folder (0o777) has by default, where a library makes it private."""
+    os.umask(mask := os.umask(0o077))  # there is no other way to read it
+    return mode & ~mask
+
+
 def listed(names: Sequence[str], most: int = 10) -> str:
     """Names, with a comma between; beyond `most` only how many more."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""

@@ -215,6 +215,8 @@ def export_model(run: str | Path, out: Path, overrides: dict[str, Any] | None = 
     """
     path = _file(run)
     parts, about = _load_run(path, ("ema",))
+    if out.name == FILE or (out.exists() and out.samefile(path)):
+        raise UserError(f"{out} is the name of a run's checkpoint, with which the run goes on; choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     config = with_overrides(config_from_dict(about["config"], str(path)), overrides or {}, "the command line")
     about["config"] = config_to_dict(config)

@@ -293,6 +293,16 @@ def test_a_batch_cut_at_a_whole_record_is_named(tmp_path, monkeypatch):
     refused(lambda: read(tmp_path), "data_batch_3.bin has 4 images and others 6", AGAIN)
 
 
+def test_a_test_batch_cut_at_a_whole_record_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "MOST_IMAGES", 6)
+    write_binary(tmp_path / BINARY, small_cifar(6))
+    file = tmp_path / BINARY / "test_batch.bin"
+    file.write_bytes(file.read_bytes()[: 4 * 3073])
+    refused(lambda: read(tmp_path, "test"), "test_batch.bin has 4 images and others 6", AGAIN)
+    (tmp_path / BINARY / "data_batch_1.bin").unlink()
+    assert len(read(tmp_path, "test")[0]) == 4  # nothing to tell it from a small set
+
+
 def test_a_link_of_another_name(tmp_path):
     write_binary(tmp_path / "real" / BINARY, small_cifar(1))
     (tmp_path / "mine").symlink_to(tmp_path / "real" / BINARY)

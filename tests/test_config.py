@@ -87,6 +87,9 @@ def test_a_broken_file(tmp_path):
     path.write_text("[train\nsteps = 3")
     with pytest.raises(UserError, match=r"mine\.toml is not valid TOML"):
         load_config(str(path))
+    path.write_bytes(b"[train]\n# \xff")
+    with pytest.raises(UserError, match=r"mine\.toml is not UTF-8 text"):
+        load_config(str(path))
     path.write_text("train = 3")
     with pytest.raises(UserError, match="train must be a table"):
         load_config(str(path))

@@ -7,6 +7,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from test_cifar10 import BINARY, FORMS, PYTHON, small_cifar, write_binary, write
 from test_cli import fails
 from test_train import TINY, same_bits
 
-from minidiff import classifier
+from minidiff import classifier, evaluate
 from minidiff.checkpoint import FILE
 from minidiff.cli import main
+from minidiff.config import Config
 from minidiff.data import DataConfig, Shapes, cache_folder, open_data, open_pictures, pictures
 from minidiff.data.cifar10 import CLASSES
 from minidiff.errors import UserError
@@ -306,6 +308,8 @@ def test_broken_pictures_stop_or_are_told(tmp_path):
         assert data.summary().startswith("2 of 4 pictures, 3 captions, 7 words; 2 are left out, the first: ")
         assert "b.png is not an image" in data.summary()
     assert len(data.left_out) == 2 and [texts[0] for texts in data.captions] == ["a cat", "two dogs"]
+    painted = [np.asarray(Image.open(tmp_path / "data" / name)) for name in ("a.png", "c.png")]
+    assert (data.images[data.rows] == painted).all()
     _, captions = data.batch(0, 2)
     assert len(data) == 2 and len(captions) == 2 and "bird" not in data.words
     (tmp_path / "data" / "b.png").unlink()
@@ -319,6 +323,12 @@ def test_captions_that_are_cut_are_counted(tmp_path):
     assert "; 2 captions are cut to what the model reads (--text.context)" in data.summary()
     assert len(data.captions[1][0].split()) == 22
     assert "cut" not in open_pictures(config("folder", tmp_path / "data"), 0, longest=30).summary()
+    write_binary(tmp_path / BINARY, small_cifar())
+    data = open_pictures(config("cifar10", tmp_path), 0, longest=2)
+    assert data.captions[0][0].startswith("a") and data.captions[0][1:] == ("a photo", "a picture")
+    assert f"; {2 * len(data)} captions are cut to what the model reads" in data.summary()
+    with pytest.raises(UserError, match=r"the first 1 words of two classes of .* are the same"):
+        classifier.pictures_with_classes(config("cifar10", tmp_path), longest=1)
     with pytest.raises(UserError, match="leaves no room for a word; make it at least 3"):
         open_pictures(config("folder", tmp_path / "data"), 0, longest=0)
 
@@ -538,9 +548,10 @@ def test_a_run_that_cannot_begin_leaves_nothing(tmp_path, capsys):
 def test_a_run_among_the_pictures_that_it_is_trained_on(tmp_path, capsys, monkeypatch):
     write_classes(tmp_path / "mine")
     monkeypatch.chdir(tmp_path / "mine")
-    assert "among its training pictures; name a folder outside (--out)" in fails(
-        capsys, "train", "folder", "--data", ".", *flags()
-    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (".", "~/mine", tmp_path / "mine"):
+        err = fails(capsys, "train", "folder", f"--data={path}", *flags())
+        assert "among its training pictures; name a folder outside (--out)" in err
     assert not (tmp_path / "mine" / "runs").exists()
 
 
@@ -590,6 +601,16 @@ def test_evaluate_asks_the_classifier(cifar_run, quick, capsys, tmp_path):
     report = json.loads((run / "evaluation.json").read_text())
     assert report["n"] == 2 and set(report["scores"]) == {"an airplane", "an automobile", "all"}
     assert {"captions.png", "filmstrip.png", "guidance.png", "loss.png"} <= {p.name for p in run.iterdir()}
+
+
+def test_a_training_grid_of_very_many_classes_is_small(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(evaluate, "averaged_weights", lambda state: contextlib.nullcontext())
+    monkeypatch.setattr(evaluate, "draw", lambda model, captions, c: drawn.append(captions) or np.zeros((40, 8, 8, 3)))
+    data = SimpleNamespace(prompts=[f"class {i}" for i in range(1000)])
+    state = SimpleNamespace(config=Config(data=DataConfig("folder", "x")), step=1)
+    evaluate.draw_training_grid(state, data, tmp_path / "x.png")
+    assert drawn == [data.prompts[:40]] and (tmp_path / "x.png").exists()
 
 
 def test_evaluate_refuses_classes_that_the_model_does_not_know(tmp_path, quick, capsys):

@@ -91,8 +91,8 @@ def test_files_that_change_while_they_are_read(tmp_path, make):
         file.write_bytes(b"after!")
         return make(path)
 
-    with pytest.raises(UserError, match="changed while they were decoded; run the command again"):
-        decoded(tmp_path / "cache", "set", ["a"], meddled, [file])
+    with pytest.raises(UserError, match=r"1\.bmp changed while the pictures were decoded; run the command"):
+        decoded(tmp_path / "cache", "set", ["a"], meddled, [tmp_path / "0.bmp", file])
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -122,6 +122,38 @@ def test_a_truncated_file(tmp_path, make, name, keep):
     file = kept(tmp_path, make) / name
     file.write_bytes(file.read_bytes()[:keep])
     refused(tmp_path, make, "is damaged")
+
+
+def test_a_damaged_header_of_an_array(tmp_path, make):
+    """NumPy reads it as Python, which finds many ways to fail."""
+    place = kept(tmp_path, make)
+    whole = (place / ARRAY).read_bytes()
+    outcomes = set()
+    for at in range(128):
+        for byte in b"\0\n(#'\xff":
+            (place / ARRAY).write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+            try:
+                array, _ = decoded(tmp_path, "set", ["a"], make)
+                outcomes.add(array.tobytes() == make.pixels.tobytes())
+            except UserError as e:
+                outcomes.add("remove this folder" in str(e) and "\n" not in str(e))
+    assert outcomes == {True} and make.calls == 1
+
+
+def test_one_cache_for_several_people(tmp_path, make, monkeypatch):
+    before = os.umask(0o022)
+    try:
+        place = kept(tmp_path, make)
+        assert place.stat().st_mode & 0o777 == 0o755 and (place / ARRAY).stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
+
+    def forbidden(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", forbidden)
+    with pytest.raises(UserError, match=r"images\.npy may not be read; check its permissions"):
+        decoded(tmp_path, "set", ["a"], make)
 
 
 @pytest.mark.parametrize("name", [ARRAY, FACTS])

@@ -423,6 +423,19 @@ def test_statuses_that_stay_are_not_tried_again(server, folder, code, words):
     fails(server, folder, [f"the server answers {words}"], [None])
 
 
+def test_a_status_without_a_phrase(server, folder):
+    server.answers = [lambda handler: handler.wfile.write(b"HTTP/1.1 404 \r\nContent-Length: 0\r\n\r\n")]
+    fails(server, folder, ["the server answers 404, Not Found"], [None])
+
+
+def test_a_file_system_without_locks(server, folder, monkeypatch):
+    def flock(file, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    fetches(server, folder, [None])
+
+
 @pytest.mark.parametrize("code", [500, 503, 429])
 def test_statuses_that_pass(server, folder, code):
     server.answers = [status(code)] * 2

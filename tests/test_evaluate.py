@@ -11,7 +11,15 @@ from minidiff import evaluate as module
 from minidiff.config import SampleConfig
 from minidiff.data import shapes
 from minidiff.data.pictures import Pictures, scaled
-from minidiff.evaluate import evaluate, fully_right, guidance_sweep, nearest_pictures, summary, write_report
+from minidiff.evaluate import (
+    evaluate,
+    evaluate_classes,
+    fully_right,
+    guidance_sweep,
+    nearest_pictures,
+    summary,
+    write_report,
+)
 from minidiff.train import averaged_weights, new_state
 
 
@@ -39,6 +47,23 @@ def test_true_pictures_are_right_and_those_of_other_captions_are_not(drawn, spli
     wrong = evaluate(None, SampleConfig(), 60, 0, split)
     assert wrong.scores["all_right"] <= 0.05 and wrong.scores["colours"] < 0.5
     assert wrong.captions == result.captions == drawn.made[0][0]
+
+
+def test_classes_are_counted_as_they_are_named(drawn, monkeypatch):
+    """Pictures of one flat colour each, and a classifier that knows the colours."""
+    n, colours = 23, np.linspace(-1, 1, 5)
+    images = np.broadcast_to(colours[:, None, None, None], (5, 32, 32, 3)).astype(np.float32)
+    data = SimpleNamespace(prompts=tuple(f"a {name}" for name in "ebadc"))
+    monkeypatch.setattr(module, "classify", lambda judge, images: np.abs(colours - images[:, :1, 0, 0]).argmin(axis=1))
+    drawn.pictures = dict(zip(data.prompts, images, strict=True))
+    result = evaluate_classes(None, SampleConfig(), None, 0.9, 7, data, n)
+    assert result.scores == {**dict.fromkeys(data.prompts, 1.0), "all": 1.0} and set(result.chance.values()) == {0.2}
+    assert [result.captions.count(p) for p in data.prompts] == [5, 5, 5, 4, 4]
+    assert "100.0% (n=23; chance 20.0%; of 7 unseen real pictures it names 90.0%" in summary(result)
+    drawn.pictures[data.prompts[1]] = images[2]  # one class is drawn as the next one
+    wrong = evaluate_classes(None, SampleConfig(), None, 0.9, 7, data, n)
+    assert wrong.scores == {**result.scores, data.prompts[1]: 0.0, "all": 18 / 23}
+    assert wrong.verdicts == [caption != data.prompts[1] for caption in wrong.captions]
 
 
 def types_of(caption):

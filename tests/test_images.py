@@ -150,6 +150,32 @@ def test_grey_with_alpha(tmp_path):
     assert_corners(read_image(tmp_path / "la.png", SIZE), expected, 1)
 
 
+def test_grey_that_was_multiplied_with_its_alpha(tmp_path):
+    """A TIFF whose second sample is associated alpha, which Pillow reads and does not write."""
+    pixels = quadrants((0, 255), (100, 255), (0, 0), (20, 51))
+    short, long, n = 3, 4, 48
+    entries = [
+        (256, short, 1, n), (257, short, 1, n), (258, short, 2, 8 | 8 << 16), (259, short, 1, 1), (262, short, 1, 1),
+        (273, long, 1, 200), (277, short, 1, 2), (278, short, 1, n), (279, long, 1, pixels.size), (338, short, 1, 1),
+    ]  # fmt: skip
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(struct.pack("<HHII", *e) for e in entries)
+    (tmp_path / "la.tif").write_bytes(head.ljust(200, b"\0") + pixels.tobytes())
+    expected = [(0,) * 3, (100,) * 3, (255,) * 3, (224,) * 3]
+    assert_corners(read_image(tmp_path / "la.tif", SIZE), expected, 2)
+
+
+def test_whatever_pillow_raises_is_a_sentence(tmp_path, monkeypatch):
+    Image.new("RGB", (30, 30), RED).save(tmp_path / "x.png")
+
+    def fail(*args):
+        raise ValueError("conversion not supported")
+
+    for name in ("_to_rgb", "_turn_upright"):
+        with monkeypatch.context() as m:
+            m.setattr(images, name, fail)
+            refuses(tmp_path / "x.png", r"cannot be read, .*\(conversion not supported\)")
+
+
 def test_a_colour_that_stands_for_transparent_is_white(tmp_path):
     (tmp_path / "rgb.png").write_bytes(png(48, 48, 8, 2, rows_of(COLOURS, "u1"), struct.pack(">HHH", *RED)))
     assert_corners(read_image(tmp_path / "rgb.png", SIZE), ((255,) * 3, GREEN, BLUE, YELLOW))

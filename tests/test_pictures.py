@@ -194,9 +194,9 @@ def test_the_vocabulary_is_the_most_frequent_words():
 
 def test_shortened_cuts_words_and_leaves_the_rest_alone():
     captions = [("One, two; three!", "four"), ("a b c d",)]
-    assert shortened(captions, 3) == [("One, two; three!", "four"), ("a b c",)]
-    assert shortened(captions, 1) == [("one", "four"), ("a",)]
-    assert shortened(captions, 9) == [tuple(texts) for texts in captions]
+    assert shortened(captions, 3) == ([("One, two; three!", "four"), ("a b c",)], 1)
+    assert shortened(captions, 1) == ([("one", "four"), ("a",)], 2)
+    assert shortened(captions, 9) == (captions, 0)
 
 
 # ---- decoding

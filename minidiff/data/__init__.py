@@ -153,14 +153,12 @@ def _open_pictures(config: DataConfig, seed: int, longest: int, split: str) -> P
     path = Path(os.path.expanduser(config.path)).absolute()
     cache = cache_folder(config)
     if config.name == "cifar10":
-        return _open_cifar10(config, path, cache, seed, split)
+        return _open_cifar10(config, path, cache, seed, longest, split)
     found = coco.items(path, split) if config.name == "coco" else folder.items(path)
     items = chosen(found, config.match, config.limit)
     images, rows, digest, broken = decode(items, config.size, cache, config.name, config.skip_broken)
     items = [items[i] for i in rows]
-    whole = [item.captions for item in items]
-    captions = shortened(whole, longest)
-    cut = sum(a != b for texts in zip(whole, captions, strict=True) for a, b in zip(*texts, strict=True))
+    captions, cut = shortened([item.captions for item in items], longest)
     labels = [item.label for item in items if item.label is not None]
     data = _pictures(config, seed, images, rows, captions, labels, digest)
     prompts = _unseen(config, path, longest) or data.prompts
@@ -175,7 +173,8 @@ def _unseen(config: DataConfig, path: Path, longest: int) -> tuple[str, ...]:
         items = chosen(coco.items(path, "val") if path.is_dir() else [], config.match, 16)
     except (UserError, OSError):
         return ()
-    return tuple(texts[0] for texts in shortened([item.captions for item in items], longest))
+    captions, _ = shortened([item.captions for item in items], longest)
+    return tuple(texts[0] for texts in captions)
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -188,7 +187,7 @@ def cache_folder(config: DataConfig) -> Path:
         raise UserError("there is no home folder to keep decoded pictures in; name a folder with --data.cache") from e
 
 
-def _open_cifar10(config: DataConfig, path: Path, cache: Path, seed: int, split: str) -> Pictures:
+def _open_cifar10(config: DataConfig, path: Path, cache: Path, seed: int, longest: int, split: str) -> Pictures:
     def make(file: Path) -> dict[str, object]:
         images, labels, names = cifar10.read(path, split)
         np.save(file, images)
@@ -203,10 +202,10 @@ def _open_cifar10(config: DataConfig, path: Path, cache: Path, seed: int, split:
     if not len(rows):
         raise UserError(f"data.match: {config.match!r} matches none of the classes {', '.join(about['names'])}")
     rows = rows[some_of(len(rows), config.limit)]
-    captions = [called[label] for label in labels[rows]]
+    captions, cut = shortened([called[label] for label in labels[rows]], longest)
     classes = [about["names"][label] for label in labels[rows]]
     data = _pictures(config, seed, images, rows, captions, classes, about["content"])
-    return replace(data, found=len(labels))
+    return replace(data, found=len(labels), cut=cut)
 
 
 def _pictures(

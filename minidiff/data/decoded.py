@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from minidiff.errors import UserError
+from minidiff.files import permitted
 
 ARRAY, FACTS = "images.npy", "about.json"
 VERSION = 2  # of how pixels and facts are made; another one takes no array of this one
@@ -49,17 +50,24 @@ def decoded(
     fingerprint = _sum([VERSION, made_from, before])
     place = folder / f"{name}-{fingerprint[:16]}"
     if not place.exists():
-        _make(place, fingerprint, make, lambda: stamps(files) == before)
+        _make(place, fingerprint, make, lambda: _changed(before, files))
     try:
         about = json.loads((place / FACTS).read_text())
         facts = about["facts"]
         array = np.lib.format.open_memmap(place / ARRAY, mode="r")
         right = about["sum"] == _sum([fingerprint, array.shape, facts]) and facts["content"] == _digest(array)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError) as e:
+    except PermissionError as e:
+        raise UserError(f"{e.filename} may not be read; check its permissions, or name another folder") from e
+    except Exception as e:  # a header's bytes are parsed as Python, whose parser raises what it likes
         raise UserError(f"{place} is damaged ({e}); remove this folder, and it is made anew") from e
     if not right:
         raise UserError(f"{place} was made from other data; remove this folder, and it is made anew")
     return array, facts
+
+
+def _changed(before: Sequence[tuple[str | int, ...]], files: Sequence[Path]) -> Path | None:
+    """The first of the files that is another than it was."""
+    return next((f for f, then, now in zip(files, before, stamps(files), strict=True) if then != now), None)
 
 
 def _sum(value: Any) -> str:
@@ -74,20 +82,23 @@ def _digest(pixels: np.ndarray) -> str:
     return hashlib.sha256(pixels.data).hexdigest()
 
 
-def _make(place: Path, fingerprint: str, make: Callable[[Path], dict[str, Any]], unchanged: Callable[[], bool]) -> None:
+def _make(
+    place: Path, fingerprint: str, make: Callable[[Path], dict[str, Any]], changed: Callable[[], Path | None]
+) -> None:
     """Make the array in a folder beside its place, which it takes when it is whole."""
     folder = place.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=folder, ignore_cleanup_errors=True) as temporary:
             facts = make(Path(temporary, ARRAY))
-            if not unchanged():
-                raise UserError("the pictures changed while they were decoded; run the command again")
+            if file := changed():
+                raise UserError(f"{file} changed while the pictures were decoded; run the command again")
             array = np.lib.format.open_memmap(Path(temporary, ARRAY), mode="r")
             facts = {**facts, "content": _digest(array)}
             about = {"sum": _sum([fingerprint, array.shape, facts]), "facts": facts}
             Path(temporary, FACTS).write_text(json.dumps(about))
             del array  # some systems rename no folder with a file that is mapped
+            Path(temporary).chmod(permitted(0o777))  # others may share the cache
             try:
                 os.rename(temporary, place)
             except OSError:  # another process was faster: its array is the same

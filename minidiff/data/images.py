@@ -53,9 +53,28 @@ def read_image(path: Path, size: int) -> np.ndarray:
     Raises UserError for a file that is missing, empty, damaged or no image, for more than `PIL.Image.MAX_IMAGE_PIXELS`
     pixels (a small file can hold enough of them to fill the memory), and for numbers without a known range.
     """
-    with ExitStack() as alone:
-        image = _to_rgb(_load(path, size, alone), path)
-        return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+    length = 0
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name an image file")
+        if not path.is_file():
+            raise UserError(f"there is no image file {path}; put it there, or take it out of the data")
+        length = path.stat().st_size
+        with ExitStack() as alone:
+            image = _to_rgb(_load(path, size, alone), path)
+            return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+    except UserError:
+        raise
+    except UnidentifiedImageError as e:
+        wanted = f"not an image that can be read here ({', '.join(_formats())})"
+        what = wanted if length else "empty"
+        raise UserError(f"{path} is {what}; replace it, or take it out of the data") from e
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        limit = Image.MAX_IMAGE_PIXELS
+        raise UserError(f"{path} has more than {limit} pixels, the limit against decompression bombs; shrink it") from e
+    except Exception as e:  # what Pillow raises on damaged and on rare files is nearly every kind there is
+        why = getattr(e, "strerror", None) or str(e) or type(e).__name__
+        raise UserError(f"{path} cannot be read, it may be truncated or damaged ({why}); replace or remove it") from e
 
 
 def tidy(text: str) -> str:
@@ -86,35 +105,16 @@ def _load(path: Path, size: int, alone: ExitStack) -> Image.Image:
 
     alone: holds the lock of large pictures for as long as there is one.
     """
-    length = 0
-    try:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; name an image file")
-        if not path.is_file():
-            raise UserError(f"there is no image file {path}; put it there, or take it out of the data")
-        length = path.stat().st_size
-        with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:  # up to twice as many, Pillow only warns
-                raise Image.DecompressionBombError
-            image.draft("RGB", (DRAFT * size, DRAFT * size))
-            if image.width * image.height > MANY:
-                alone.enter_context(_large)
-            _correct_transparency(image)
-            image.load()
-            _turn_upright(image)
-    except UserError:
-        raise
-    except UnidentifiedImageError as e:
-        wanted = f"not an image that can be read here ({', '.join(_formats())})"
-        what = wanted if length else "empty"
-        raise UserError(f"{path} is {what}; replace it, or take it out of the data") from e
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+    with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
         limit = Image.MAX_IMAGE_PIXELS
-        raise UserError(f"{path} has more than {limit} pixels, the limit against decompression bombs; shrink it") from e
-    except Exception as e:  # what Pillow's decoders raise on damaged files is nearly every kind there is
-        why = getattr(e, "strerror", None) or str(e) or type(e).__name__
-        raise UserError(f"{path} cannot be read, it may be truncated or damaged ({why}); replace or remove it") from e
+        if limit is not None and image.width * image.height > limit:  # up to twice as many, Pillow only warns
+            raise Image.DecompressionBombError
+        image.draft("RGB", (DRAFT * size, DRAFT * size))
+        if image.width * image.height > MANY:
+            alone.enter_context(_large)
+        _correct_transparency(image)
+        image.load()
+        _turn_upright(image)
     return image
 
 
@@ -142,6 +142,8 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
         raise UserError(f"{path} holds {NO_RANGE[image.mode]} pixels; save it as an 8-bit or 16-bit RGB image")
     if image.mode.startswith("I"):
         return Image.fromarray(_eight_bits(image, path)).convert("RGB")
+    if image.mode == "La":  # grey that was multiplied with its alpha
+        image = image.convert("LA")
     if image.mode.endswith("A") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

@@ -176,11 +176,13 @@ def vocabulary(captions: Sequence[Sequence[str]], limit: int) -> tuple[str, ...]
     return tuple(sorted(counts, key=lambda word: (-counts[word], word))[:limit])
 
 
-def shortened(captions: Sequence[Sequence[str]], longest: int) -> list[tuple[str, ...]]:
-    """The captions, cut to their first `longest` words."""
+def shortened(captions: Sequence[tuple[str, ...]], longest: int) -> tuple[list[tuple[str, ...]], int]:
+    """The captions, cut to their first `longest` words, and how many had more."""
 
+    @lru_cache(maxsize=1000)  # those of a class are alike
     def cut(text: str) -> str:
         words = split_words(text)
         return text if len(words) <= longest else " ".join(words[:longest])
 
-    return [tuple(cut(text) for text in texts) for texts in captions]
+    short = [tuple(cut(text) for text in texts) for texts in captions]
+    return short, sum(a != b for texts in zip(captions, short, strict=True) for a, b in zip(*texts, strict=True))
