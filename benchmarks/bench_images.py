@@ -112,7 +112,8 @@ def asked(data: Any) -> tuple[list[str], int, np.ndarray]:
         return captions, 8, np.arange(2 * n) % 8 < 4
     prompts = prompts[:MOST]
     captions = prompts * max(1, MOST // len(prompts))
-    return captions, len(prompts) if 5 <= len(prompts) <= 10 else 4, np.full(len(captions), True)
+    columns = len(prompts) if 5 <= len(prompts) <= 10 else min(8, len(captions))
+    return captions, columns, np.full(len(captions), True)
 
 
 def distances(images: np.ndarray, data: Any, known: np.ndarray, path: Path) -> dict[str, dict[str, float]]:
@@ -161,11 +162,9 @@ def write_results(args: argparse.Namespace, state: TrainState, data: Any, folder
 
 def progress(preset: str, data: Any, folder: Path, records: list[dict]) -> plotting.Chart:
     """The first row of every mark's grid, which all begin with the same noise, one below the other."""
-    rows = [scaled(np.load(folder / f"{m['mark']:g}-minutes.npy")) for m in records]
-    n = len(rows[0])
-    captions = asked(data)[0][:n]
-    texts = [f"{m['minutes']:.0f} minutes: {caption}" for m in records for caption in captions]
-    return plotting.image_grid(np.concatenate(rows), texts, n, title=f"{preset}: from the same noise")
+    rows = np.stack([scaled(np.load(folder / f"{m['mark']:g}-minutes.npy")) for m in records])
+    times = [f"{m['minutes']:.0f} minutes" for m in records]
+    return plotting.progress(rows, asked(data)[0][: rows.shape[1]], times, title=f"{preset}: from the same noise")
 
 
 def table(facts: dict[str, Any]) -> str:

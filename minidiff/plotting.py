@@ -110,8 +110,7 @@ def image_grid(
     if captions is not None:
         alt += ": " + "; ".join(captions)
     marks = [""] * n if verdicts is None else map(_mark, verdicts)
-    texts = [c if len(c) <= LONGEST else f"{c[: LONGEST - 1]}…" for c in captions or [""] * n]
-    labels = [f"{m} {c}".strip() for m, c in zip(marks, texts, strict=True)]
+    labels = [f"{m} {_cut(c)}".strip() for m, c in zip(marks, captions or [""] * n, strict=True)]
     rows = [slice(i, i + columns) for i in range(0, n, columns)]
     return _tiles([pixels[r] for r in rows], [labels[r] for r in rows], alt + ".", title=title)
 
@@ -157,6 +156,19 @@ def guidance_sweep(
     above = [f"w = {w:g}" for w in scales]
     alt = f"Samples with guidance {', '.join(above)} (columns) for: {'; '.join(captions)}."
     return _tiles(pixels, marks, alt, left=captions, above=above)
+
+
+def progress(images: np.ndarray, captions: Sequence[str], labels: Sequence[str], title: str | None = None) -> Chart:
+    """Images (rows, columns, H, W, 3): one row for each label, such as a time, one column for each caption.
+
+    Raises ValueError if the shapes disagree.
+    """
+    pixels, grid = to_uint8(images), (len(labels), len(captions))
+    if pixels.ndim != 5 or pixels.shape[:2] != grid or 0 in grid:
+        raise ValueError(f"progress needs images of shape {grid} + (H, W, 3), not {np.shape(images)}")
+    below = [*[[""] * grid[1]] * (grid[0] - 1), [_cut(caption) for caption in captions]]
+    alt = f"Samples after {', '.join(labels)} (rows) for: {'; '.join(captions)}."
+    return _tiles(pixels, below, alt, left=labels, title=title)
 
 
 def loss_curve(logs: Mapping[str, Sequence[Mapping]], title: str | None = None, x: str = "step") -> Chart:
@@ -432,6 +444,10 @@ def _height(texts: Sequence[str], size: float) -> int:
     return _pixels(LINE * size) * max((t.count("\n") + 1 if t else 0 for t in texts), default=0)
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
 def _wrap(text: str, width: float, size: float) -> str:
     """`text` broken into lines at most `width` pixels wide, inside words if it must be."""
     lines = []
@@ -449,7 +465,8 @@ def _tiles(rows, below, alt_text: str, left=(), above=(), title: str | None = No
     Everything is placed in whole pixels, so that an image pixel stays a crisp square.
     """
     columns, (h, w) = len(rows[0]), rows[0][0].shape[:2]
-    scale = max(1, min(320, max(128, 1280 // columns)) // max(h, w))
+    side, wanted = max(h, w), min(320, max(128, 1280 // columns))
+    scale = max(1, (wanted + side // 2) // side)
     h, w, gap, margin = h * scale, w * scale, 18, 24
     below = [[_wrap(text, w, TEXT) for text in row] for row in below]
     left = [_wrap(text, 280, TEXT) for text in left]

@@ -83,7 +83,7 @@ def test_the_captions_of_a_grid(bench, tmp_path):
     assert np.array_equal(known, [True] * 4 + [False] * 4)
     write_captions(tmp_path / "folder")
     captions, columns, known = of("folder")
-    assert captions == first * 10 and columns == 4 and known.all()
+    assert captions == first * 10 and columns == 8 and known.all()
 
 
 def test_a_finished_run_is_not_made_again(bench, tmp_path):
