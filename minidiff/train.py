@@ -436,6 +436,8 @@ def fit(
             "or begin another run with --out"
         )
     keep_log_until(folder / LOG, state.step)
+    for left in folder.glob(f".{FILE}.*.tmp"):  # of a process that was killed while it saved
+        left.unlink(missing_ok=True)
     stop = _StopFlag()
     written = None
     saved = state.step if (folder / FILE).exists() else -1

@@ -390,7 +390,9 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert load_state(folder / FILE).step == 0
+    (folder / f".{FILE}.123.tmp").write_bytes(b"half")  # as if it had been killed while it saved
     finish(start("--resume", folder, "--train.steps=5"))
+    assert {p.name for p in folder.iterdir()} == {FILE, LOG, "config.toml"}
     assert [r["step"] for r in read_log(folder)] == [1, 2, 3, 4, 5]
 
 
