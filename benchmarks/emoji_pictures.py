@@ -4,6 +4,7 @@
 
 The font is Google's Noto Color Emoji (SIL Open Font License 1.1), which Debian packages as fonts-noto-color-emoji.
 Single characters alone are drawn, on white; flags, skin colours and what is put together of several are left out.
+Prints how many pictures and words there are.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from minidiff.text.words import split_words
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 SIZE = 109  # the only size that the font's bitmaps have
@@ -29,7 +33,7 @@ def main() -> None:
     font = ImageFont.truetype(args.font, SIZE)
     nothing = drawn(font, "\N{LATIN SMALL LETTER A}")
     args.folder.mkdir(parents=True)
-    lines = []
+    captions = {}
     for number in (n for first, last in BLOCKS for n in range(first, last + 1)):
         name = unicodedata.name(chr(number), "")
         picture = drawn(font, chr(number)) if name and number not in MODIFIERS else None
@@ -37,9 +41,12 @@ def main() -> None:
             continue
         file = f"{number:x}.png"
         picture.save(args.folder / file)
-        lines.append(json.dumps({"file_name": file, "text": name.lower().replace("-", " ")}))
-    (args.folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    print(f"{len(lines)} pictures")
+        captions[file] = name.lower().replace("-", " ")
+    lines = [json.dumps({"file_name": file, "text": caption}) + "\n" for file, caption in captions.items()]
+    (args.folder / "metadata.jsonl").write_text("".join(lines))
+    words = Counter(word for caption in captions.values() for word in split_words(caption))
+    once = sum(n == 1 for n in words.values())
+    print(f"{len(captions)} pictures, {len(words)} words, {once} of them once")
 
 
 def drawn(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:

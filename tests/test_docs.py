@@ -21,6 +21,7 @@ OLDER, AMD, INTEL = (
         ("docs/pretrained.md", "pretrained", INTEL, None),
         ("docs/recipes.md", "images_cifar10", OLDER, None),
         ("docs/recipes.md", "images_coco", OLDER, None),
+        ("docs/recipes.md", "images_folder", INTEL, None),
     ],
 )
 def test_a_page_shows_the_committed_results(page, name, device, tables):
