@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ import numpy as np
 
 from minidiff import Tensor, no_grad, plotting
 from minidiff.backend import active_kernels, kernels
+from minidiff.text.words import split_words
 
 RESULTS = Path(__file__).parent / "results"
 THREADS = int(os.environ.get("MINIDIFF_NUM_THREADS", os.cpu_count() or 1))
@@ -57,6 +59,12 @@ def median(values: list[float]) -> float:
 
 
 # ---- the machine
+
+
+def words_of(captions: Iterable[str]) -> str:
+    """How many words the captions have, and how many of these once, to be printed."""
+    words = Counter(word for caption in captions for word in split_words(caption))
+    return f"{len(words)} words, {sum(n == 1 for n in words.values())} of them once"
 
 
 def device() -> dict[str, Any]:

@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import unicodedata
-from collections import Counter
 from pathlib import Path
 
+from common import words_of
 from PIL import Image, ImageDraw, ImageFont
-
-from minidiff.text.words import split_words
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 SIZE = 109  # the only size that the font's bitmaps have
@@ -44,9 +42,7 @@ def main() -> None:
         captions[file] = name.lower().replace("-", " ")
     lines = [json.dumps({"file_name": file, "text": caption}) + "\n" for file, caption in captions.items()]
     (args.folder / "metadata.jsonl").write_text("".join(lines))
-    words = Counter(word for caption in captions.values() for word in split_words(caption))
-    once = sum(n == 1 for n in words.values())
-    print(f"{len(captions)} pictures, {len(words)} words, {once} of them once")
+    print(f"{len(captions)} pictures, {words_of(captions.values())}")
 
 
 def drawn(font: ImageFont.FreeTypeFont, text: str) -> Image.Image:

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from pathlib import Path
 
-from minidiff.text.words import split_words
+from common import words_of
 
 FREE = {
     4: "[CC BY 2.0](https://creativecommons.org/licenses/by/2.0/)",
@@ -54,10 +53,9 @@ def main() -> None:
         for image in images:
             page = f"https://www.flickr.com/photo.gne?id={image['flickr_url'].split('/')[-1].split('_')[0]}"
             sources += f"| {name}/{image['file_name']} | {FREE[image['license']]} | {page} |\n"
-        words = Counter(word for a in annotations for word in split_words(a["caption"]))
         print(
             f"{file.name}: {len(images)} of {len(content['images'])} pictures, {len(annotations)} captions, "
-            f"{len(words)} words, {sum(n == 1 for n in words.values())} of them once"
+            f"{words_of(a['caption'] for a in annotations)}"
         )
     (args.folder / "SOURCES.md").write_text(sources)
 

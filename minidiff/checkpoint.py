@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from minidiff.backend import Array, to_numpy
 from minidiff.errors import UserError
-from minidiff.files import permitted
+from minidiff.files import permitted, unfinished
 
 FORMAT = "minidiff checkpoint 1"
 FILE = "checkpoint.safetensors"
@@ -36,7 +36,7 @@ def save_checkpoint(path: Path, parts: dict[str, dict[str, Array]], about: dict[
         for part, arrays in parts.items()
         for name, array in arrays.items()
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = unfinished(path)
     try:
         save_file(tensors, temporary, metadata={"format": FORMAT, "about": json.dumps(about)})
         temporary.chmod(permitted(0o666))  # save_file lets nobody else read it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -41,6 +42,17 @@ def permitted(mode: int) -> int:
     return mode & ~mask
 
 
+def unfinished(path: Path) -> Path:
+    """Where this process writes what shall be at `path` when it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_unfinished(path: Path) -> None:
+    """Take away what processes left that were killed while they wrote the file `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def listed(names: Sequence[str], most: int = 10) -> str:
     """Names, with a comma between; beyond `most` only how many more."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
@@ -51,7 +63,7 @@ def listed(names: Sequence[str], most: int = 10) -> str:
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write a file to, which becomes `path` when the block ends; nothing is left where it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = unfinished(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -62,7 +74,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A new folder to write into, which appears at `path` when the block ends; nothing is left where it fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = unfinished(path)
     made = [parent for parent in path.parents if not parent.exists()]
     temporary.mkdir(parents=True)
     try:

@@ -29,7 +29,7 @@ from minidiff.checkpoint import FILE, PARTS, load_checkpoint, save_checkpoint
 from minidiff.config import Config, TrainConfig, config_from_dict, config_to_dict, config_to_toml, with_overrides
 from minidiff.data import DataConfig, Dataset, open_data
 from minidiff.errors import UserError
-from minidiff.files import whole_file
+from minidiff.files import remove_unfinished, whole_file
 from minidiff.optim import OPTIMIZERS, AdamW, clip_factor, gradient_norm, learning_rate
 from minidiff.random import Draw, Purpose, normal, uniform
 from minidiff.tensor import accumulate
@@ -212,11 +212,15 @@ def export_model(run: str | Path, out: Path, overrides: dict[str, Any] | None = 
     """The averaged weights of a run, as float16 and with nothing that only training needs, for `load_model`.
 
     overrides: settings {"sample.field": value} that it shall draw with in place of the run's own.
+
+    Raises UserError where `run` holds no checkpoint, and for an `out` that could be one that a run goes on with.
     """
     path = _file(run)
     parts, about = _load_run(path, ("ema",))
-    if out.name == FILE or (out.exists() and out.samefile(path)):
+    if out.name == FILE:
         raise UserError(f"{out} is the name of a run's checkpoint, with which the run goes on; choose another --out")
+    if out.exists() and out.samefile(path):
+        raise UserError(f"{out} is the file that is exported; choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     config = with_overrides(config_from_dict(about["config"], str(path)), overrides or {}, "the command line")
     about["config"] = config_to_dict(config)
@@ -436,8 +440,7 @@ def fit(
             "or begin another run with --out"
         )
     keep_log_until(folder / LOG, state.step)
-    for left in folder.glob(f".{FILE}.*.tmp"):  # of a process that was killed while it saved
-        left.unlink(missing_ok=True)
+    remove_unfinished(folder / FILE)
     stop = _StopFlag()
     written = None
     saved = state.step if (folder / FILE).exists() else -1

@@ -381,17 +381,17 @@ show("folder")
 # are captions that are not in the set, though all their words are:
 
 # %%
-if "folder" in runs:
+if "folder" in runs and (unseen := Path(f"{runs['folder'][1]}.unseen.png")).exists():
     figure(
-        Committed(Path(f"{runs['folder'][1]}.unseen.png")),
+        Committed(unseen),
         "Captions that no picture has, drawn by the last model of folder, one picture each. No picking.",
     )
 
 # %% [markdown]
 # "No" forbids a dog and an octopus as well as a bicycle, and a cat's face stays one. But the apples became black, not blue and
 # purple, and "octopus", of which there is one picture, means little next to "red". A word becomes something by itself when it
-# occurs with many others. Compare `shapes`: there every colour was seen with every
-# shape, and new pairs of objects come out right (notebook 8).
+# occurs with many others. Compare `shapes`: there every colour was seen with every shape, and new pairs of objects
+# come out right (notebook 8).
 #
 # ## Does it draw what was asked for?
 #

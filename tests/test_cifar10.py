@@ -299,7 +299,10 @@ def test_a_test_batch_cut_at_a_whole_record_is_named(tmp_path, monkeypatch):
     file = tmp_path / BINARY / "test_batch.bin"
     file.write_bytes(file.read_bytes()[: 4 * 3073])
     refused(lambda: read(tmp_path, "test"), "test_batch.bin has 4 images and others 6", AGAIN)
-    (tmp_path / BINARY / "data_batch_1.bin").unlink()
+    beside = tmp_path / BINARY / "data_batch_1.bin"
+    beside.write_bytes(b"short")
+    refused(lambda: read(tmp_path, "test"), "data_batch_1.bin has 5 bytes", AGAIN)
+    beside.unlink()
     assert len(read(tmp_path, "test")[0]) == 4  # nothing to tell it from a small set
 
 

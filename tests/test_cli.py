@@ -192,6 +192,7 @@ def test_export_writes_what_sample_draws_with(capsys, run, tmp_path):
     assert main(["export", str(run), "--out", str(out), "--sample.guidance", "3.5"]) == 0
     assert load_model(out)[1].sample == replace(load_model(run)[1].sample, guidance=3.5)
     assert "must be a .safetensors file or a folder" in fails(capsys, "export", run, "--out", tmp_path / "x.npz")
+    assert "is the file that is exported" in fails(capsys, "export", out, "--out", out)
     before = (run / "checkpoint.safetensors").read_bytes()
     for where in (run, tmp_path):
         err = fails(capsys, "export", run, "--out", where / "checkpoint.safetensors")

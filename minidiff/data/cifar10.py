@@ -70,9 +70,10 @@ def read(path: Path, split: str = "train") -> tuple[np.ndarray, np.ndarray, tupl
         parts.append(parse(data, f"{source}/{name}"))
     planes, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
     sizes = [len(part[1]) for part in parts]
-    beside = files(BATCHES["train"][0] + suffix) if split == "test" and max(sizes) < MOST_IMAGES else None
-    others = len(parse(beside, str(source))[1]) if beside else max(sizes)
-    if others == MOST_IMAGES > min(sizes):
+    most, beside = max(sizes), BATCHES["train"][0] + suffix
+    if split == "test" and most < MOST_IMAGES and (data := files(beside)) is not None:  # its one batch has no other
+        most = len(parse(data, f"{source}/{beside}")[1])
+    if most == MOST_IMAGES > min(sizes):
         short = wanted[sizes.index(min(sizes))]
         raise UserError(
             f"{source}/{short} has {min(sizes):,} images and others {MOST_IMAGES:,}: it is truncated; {AGAIN}"

@@ -57,7 +57,9 @@ def decoded(
         array = np.lib.format.open_memmap(place / ARRAY, mode="r")
         right = about["sum"] == _sum([fingerprint, array.shape, facts]) and facts["content"] == _digest(array)
     except PermissionError as e:
-        raise UserError(f"{e.filename} may not be read; check its permissions, or name another folder") from e
+        raise UserError(
+            f"{e.filename} may not be read; check its permissions, or name another folder with --data.cache"
+        ) from e
     except Exception as e:  # a header's bytes are parsed as Python, whose parser raises what it likes
         raise UserError(f"{place} is damaged ({e}); remove this folder, and it is made anew") from e
     if not right:
